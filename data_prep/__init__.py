@@ -1,0 +1,1 @@
+"""Offline data preparation: source -> Example -> WebDataset tar + index. Needs no torch."""

@@ -1,0 +1,207 @@
+"""The command line of every command: `--name value` options in, one typed function call out.
+
+Words are read by Python Fire with raw strings, and converted by the annotations of the command's own function, so a
+date, `1, 2` or `1e-4` arrives as it was typed. All mistakes are reported together, one line each, with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+import sys
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import fire  # type: ignore[import-untyped]
+from fire.decorators import SetParseFn  # type: ignore[import-untyped]
+
+from data_prep.errors import UserError
+
+Given = dict[str, "str | list[str]"]
+
+
+def parse(argv: Sequence[str], repeatable: Collection[str] = ()) -> Given:
+    """Read `--name value`, `--name=value` and `--flag` (the value "True"); `-` and `_` in names are equal.
+
+    An option named in `repeatable` gives the list of its values. A value that itself starts with `-` and a letter
+    needs the form `--name=value`.
+
+    Raises:
+        UserError: a word that belongs to no option, or an option given twice.
+    """
+    words: list[str] = []
+    found: dict[str, str] = {}
+
+    @SetParseFn(str)
+    def collect(*loose: str, **options: str) -> None:
+        words.extend(loose)
+        found.update(options)
+
+    # Fire keeps the last of equal names and reads `--no...` as a denial: a running number in front prevents both.
+    numbered = [re.sub(r"^--?(?=[A-Za-z])", f"--{i}:", word) for i, word in enumerate(argv)]
+    # Fire takes a lone `-` and the last `--` for itself; this leaves it none of the user's.
+    fire.Fire(collect, command=[*numbered, "--", "--separator=\n"], name="options")
+
+    given: Given = {}
+    problems = [f"unexpected word '{word}': options are written --name value" for word in words]
+    for numbered_name, value in found.items():
+        number, _, name = numbered_name.partition(":")
+        if not name or not number.isdigit():
+            problems.append(f"unexpected word '--{numbered_name}': options are written --name value")
+        elif name in repeatable:
+            given.setdefault(name, []).append(value)  # type: ignore[union-attr]
+        elif name in given:
+            problems.append(f"--{name} is given twice")
+        else:
+            given[name] = value
+    if problems:
+        raise UserError(*problems)
+    return given
+
+
+def bind(target: Callable[..., object], given: Mapping[str, str | list[str]]) -> dict[str, Any]:
+    """Convert options to the keyword arguments of `target`, a function or a dataclass, by its annotations.
+
+    What a `**options` parameter of `target` would take stays raw.
+
+    Raises:
+        UserError: unknown or missing options and values of the wrong kind, all of them at once.
+    """
+    parameters = inspect.signature(target, eval_str=True).parameters
+    named = {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    problems = [] if len(named) < len(parameters) else unknown_options(given, named)
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in named}
+    for name, parameter in named.items():
+        if name not in given:
+            if parameter.default is parameter.empty:
+                problems.append(f"--{name} is missing")
+            continue
+        try:
+            arguments[name] = convert(parameter.annotation, given[name])
+        except ValueError as error:
+            problems.append(f"--{name} {given[name]}: {error}")
+    if problems:
+        raise UserError(*problems)
+    return arguments
+
+
+def unknown_options(given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """One line for each name of `given` that is not in `known`, with the nearest right name."""
+    known = list(known)
+    lines = []
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            lines.append(f"unknown option --{name}" + (f"; did you mean --{nearest[0]}?" if nearest else ""))
+    return lines
+
+
+def convert(annotation: Any, value: str | list[str]) -> Any:
+    """Turn an option's text into str, int, float, bool, Path, a Literal, list[str], or one of these `| None`.
+
+    Raises:
+        ValueError: the text is not of that kind; the message says which is.
+    """
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return convert(annotation, value)
+    if origin is list:
+        return value if isinstance(value, list) else [value]
+    assert isinstance(value, str), f"a repeated option needs the annotation list[str], not {annotation}"
+    if origin is Literal:
+        if value not in get_args(annotation):
+            raise ValueError(f"expected one of {', '.join(get_args(annotation))}")
+        return value
+    return _SCALARS[annotation](value)
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):  # int() would also take 2025_07_01
+        raise ValueError("expected a whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float("nan" if "_" in text else text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("expected a number")
+    return number
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("expected true or false")
+    return text.lower() == "true"
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("expected a path")
+    return Path(text).expanduser()
+
+
+_SCALARS: dict[Any, Callable[[str], Any]] = {
+    str: str, int: _integer, float: _number, bool: _boolean, Path: _path,
+}  # fmt: skip
+
+
+def help_text(main: Callable[..., object], program: str) -> str:
+    """The usage line, `main`'s docstring, and its options with kind and default."""
+    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(main) or "", "", "options:"]
+    for name, parameter in inspect.signature(main, eval_str=True).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        required = parameter.default is parameter.empty
+        default = "required" if required else f"default {'none' if parameter.default is None else parameter.default}"
+        lines.append(f"  --{name} {_kind(parameter.annotation)} ({default})")
+    return "\n".join(lines)
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"{_kind(get_args(annotation)[0])}, repeatable"
+    if get_args(annotation):
+        return _kind(get_args(annotation)[0])
+    return {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}[annotation]
+
+
+def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()) -> None:
+    """Run a command: read `argv` (default: the process's), call `main(**options)`, end as a command should.
+
+    `main` has keyword-only parameters; its `list[str]` ones may be repeated on the command line, and so may the names
+    in `repeatable` among those that its `**options` takes as raw strings. `--help` prints and returns.
+
+    Raises:
+        SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    signature = inspect.signature(main, eval_str=True)
+    lists = {name for name, p in signature.parameters.items() if get_origin(p.annotation) is list}
+    try:
+        given = parse(argv, lists | set(repeatable))
+        if "help" in given or "h" in given:
+            print(help_text(main, _program()))
+            return
+        main(**bind(main, given))
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name

@@ -1,0 +1,1 @@
+"""Training and evaluation of interleaved vision-text latent reasoning."""

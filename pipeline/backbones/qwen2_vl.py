@@ -1,0 +1,229 @@
+"""Qwen2-VL through transformers' own classes, and nothing else of the pipeline.
+
+Shapes: B rows, P question columns, L columns of a pass, T columns so far, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from pipeline.batch import Batch, RowFormat
+from pipeline.latent.attention import ATTENTION_NAME, Pass
+from pipeline.loss import LabelHead
+
+
+class Qwen2VL(nn.Module):
+    """The model as the latent forward sees it: embed, decode a pass, project."""
+
+    LORA_SCOPE = r".*language_model\..*\.({names})"
+    """Regular expression of modules that LoRA may adapt: the language model's, never the vision tower's."""
+
+    def __init__(self, vlm: nn.Module) -> None:
+        """vlm: a Qwen2VLForConditionalGeneration, or one that peft has wrapped."""
+        super().__init__()
+        self.vlm = vlm
+        LabelHead.install(self.core.lm_head)
+
+    # ---- loading ----------------------------------------------------------------------------------------------
+    @staticmethod
+    def load(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
+        """The pretrained model of a local folder or hub id, with the latent attention installed."""
+        return Qwen2VLForConditionalGeneration.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+            trust_remote_code=False,
+        )
+
+    @staticmethod
+    def from_scratch(shape: dict[str, Any], vocab_size: int, token_ids: dict[str, int], dtype: torch.dtype) -> nn.Module:
+        """A randomly initialised model; `shape` as in `ScratchConfig`, `token_ids` of the special tokens."""
+        heads, hidden = shape["heads"], shape["hidden_size"]
+        half = hidden // heads // 2
+        third = half * 3 // 8
+        config = Qwen2VLConfig(
+            text_config={
+                "vocab_size": vocab_size,
+                "hidden_size": hidden,
+                "intermediate_size": shape["intermediate_size"],
+                "num_hidden_layers": shape["layers"],
+                "num_attention_heads": heads,
+                "num_key_value_heads": shape["kv_heads"],
+                "max_position_embeddings": 32768,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [half - 2 * third, third, third],
+                },
+                "bos_token_id": token_ids["<|endoftext|>"],
+                "eos_token_id": token_ids["<|im_end|>"],
+                "pad_token_id": token_ids["<|endoftext|>"],
+                "initializer_range": shape["initializer_range"],
+            },
+            vision_config={
+                "depth": shape["vision_layers"],
+                "embed_dim": shape["vision_size"],
+                "num_heads": shape["vision_heads"],
+                "mlp_ratio": 2,
+                "hidden_size": hidden,
+                "initializer_range": shape["initializer_range"],
+            },
+            image_token_id=token_ids["<|image_pad|>"],
+            video_token_id=token_ids["<|video_pad|>"],
+            vision_start_token_id=token_ids["<|vision_start|>"],
+            vision_end_token_id=token_ids["<|vision_end|>"],
+            tie_word_embeddings=shape["tie_embeddings"],
+            dtype=dtype,
+        )
+        return Qwen2VLForConditionalGeneration(config)
+
+    # ---- what the latent forward calls ------------------------------------------------------------------------
+    @property
+    def core(self) -> Qwen2VLForConditionalGeneration:
+        """The transformers model, inside peft's wrapper or not."""
+        return self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.core.model.language_model
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Columns a sliding layer sees; None where no layer slides."""
+        config = self.decoder.config
+        return config.sliding_window if "sliding_attention" in config.layer_types else None
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        return self.decoder.embed_tokens(ids)
+
+    def embed_prompt(self, batch: Batch) -> Tensor:
+        """Token embeddings with the vision tower's output on the image columns, (B,P,D).
+
+        The tower runs in every batch: under ZeRO-3 all ranks must gather the same parameters.
+        """
+        embeds = self.embed_tokens(batch.prompt_ids)
+        images = self.core.model.get_image_features(batch.pixel_values, batch.image_grid, return_dict=True)
+        features = torch.cat(images.pooler_output).to(embeds.dtype)
+        if not batch.has_images:
+            return embeds + 0.0 * features.sum()
+        return embeds.masked_scatter(batch.image_mask[..., None], features)
+
+    def decode(self, embeds: Tensor, positions: Tensor, masks: dict[str, Tensor], latent: Pass) -> Tensor:
+        """Final hidden states (B,L,D), after the last norm, of one pass's columns; positions (3,B,L)."""
+        return self.decoder(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False, latent=latent
+        ).last_hidden_state
+
+    @property
+    def head(self) -> LabelHead:
+        return self.core.lm_head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+
+class Qwen2VLProcessor:
+    """Tokenizer, image processor and positions: what turns an example's parts into a row.  Needs no torchvision."""
+
+    IMAGE, TEXT = "<|image_pad|>", "\x00text\x00"
+
+    def __init__(
+        self, path: str | Path, image_size: int | None = None, max_pixels: int | None = None, revision: str | None = None
+    ) -> None:
+        """image_size: every image is resized to that square; None keeps its shape, at most `max_pixels`."""
+        self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, revision=revision)
+        self.image_size = image_size
+        if max_pixels is not None:
+            self.image_processor.size = {
+                "shortest_edge": min(self.image_processor.size["shortest_edge"], max_pixels),
+                "longest_edge": max_pixels,
+            }
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.IMAGE)
+        self.merge = self.image_processor.merge_size
+
+    @property
+    def row_format(self) -> RowFormat:
+        p = self.image_processor
+        patch_dim = 3 * p.temporal_patch_size * p.patch_size**2
+        return RowFormat(self.tokenizer.pad_token_id, self.image_token_id, patch_dim, self.merge)
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.eos_token_id
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text; special-token strings inside it stay text, so data cannot forge an image."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        """One user turn, images first, then `text`, then the assistant's opening, as the chat template puts it."""
+        content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": self.TEXT}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = rendered.split(self.TEXT)
+        ids: list[int] = []
+        columns = iter([t * h * w // self.merge**2 for t, h, w in grids])
+        for token in self.tokenizer(before, add_special_tokens=False)["input_ids"]:
+            ids += [token] * (next(columns) if token == self.image_token_id else 1)
+        return ids + self.text_ids(text) + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+
+    def image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Vision patches (patches, patch_dim) fp32 and their grid (time, height, width).
+
+        Raises ValueError for an aspect ratio above 200.
+        """
+        image = image.convert("RGB")
+        if self.image_size is not None:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        out = self.image_processor(images=[image], return_tensors="np")
+        t, h, w = (int(x) for x in out["image_grid_thw"][0])
+        return np.ascontiguousarray(out["pixel_values"], dtype=np.float32), (t, h, w)
+
+    def image_columns(self, width: int, height: int) -> int:
+        """Columns that an image of this size takes, without decoding it."""
+        if self.image_size is not None:
+            width = height = self.image_size
+        size = self.image_processor.size
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return self.image_processor.get_number_of_image_patches(height, width, limits) // self.merge**2
+
+    def positions(self, ids: Sequence[int], grids: Iterable[tuple[int, int, int]]) -> np.ndarray:
+        """M-RoPE positions (3, P) of a prompt: text counts on all axes, an image spans (time, height, width)."""
+        ids = np.asarray(ids)
+        out = np.empty((3, len(ids)), dtype=np.int64)
+        remaining, column, position = iter(grids), 0, 0
+        image = ids == self.image_token_id
+        while column < len(ids):
+            if not image[column]:
+                out[:, column] = position
+                column, position = column + 1, position + 1
+                continue
+            t, h, w = next(remaining)
+            h, w = h // self.merge, w // self.merge
+            out[:, column : column + t * h * w] = np.indices((t, h, w)).reshape(3, -1) + position
+            column, position = column + t * h * w, position + max(h, w)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Tokenizer, chat template and image processor, in a form that loads with or without torchvision."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        path = folder / "preprocessor_config.json"
+        config = json.loads(path.read_text())
+        config["image_processor_type"] = "Qwen2VLImageProcessor"
+        config["processor_class"] = "Qwen2VLProcessor"
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""The method: latent forward, attention over kept segments, patch selection, decoding."""

@@ -1,0 +1,157 @@
+"""Attention of one pass over its own columns and those kept from earlier passes.
+
+A latent step needs several passes over a growing sequence.  Each pass feeds only its new columns (a *segment*); the
+keys and values of earlier segments are kept in the autograd graph, so every column goes through the decoder once and
+the numbers are those of recomputing the whole prefix.
+
+Shapes: B rows, H query heads, G key/value heads, D head size, L columns of this segment, T columns so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "latent"
+
+
+class KeptSegments:
+    """Keys and values of the passes so far, by layer.
+
+    Writing is idempotent: the first write of a (layer, pass) wins.  Gradient checkpointing runs a layer again in
+    backward, long after later passes have been kept, and must then neither append nor overwrite.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def extend(self, index: int, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep segment `index` of `layer`; return keys and values (B,G,T,D) of all segments up to it."""
+        kept = self._kept.setdefault(layer, [])
+        if len(kept) == index:
+            kept.append((key, value))
+        if index == 0:
+            return key, value
+        earlier = kept[:index]
+        return (
+            torch.cat([k for k, _ in earlier] + [key], dim=2),
+            torch.cat([v for _, v in earlier] + [value], dim=2),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every kept tensor, for counting live memory."""
+        return [t for segments in self._kept.values() for pair in segments for t in pair]
+
+
+class MergedSegments(KeptSegments):
+    """The same for decoding without gradients, where one tensor a layer is enough."""
+
+    def extend(self, index: int, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self._kept:
+            old_key, old_value = self._kept[layer][0]
+            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        self._kept[layer] = [(key, value)]
+        return key, value
+
+
+@dataclass
+class Pass:
+    """What one pass hands to every attention layer: its number, the kept segments, and what to read."""
+
+    index: int
+    kept: KeptSegments
+    read_columns: int = 0
+    """Read the last query row's attention over the first so many columns (the question's); 0 reads nothing."""
+    saliency: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
+
+    def mean_saliency(self) -> Tensor:
+        """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""
+        return torch.stack([self.saliency[layer] for layer in sorted(self.saliency)]).mean(0)
+
+
+def repeat_heads(x: Tensor, query_heads: int) -> Tensor:
+    """(B,G,T,D) -> (B,H,T,D).  Repeated because SDPA with a mask and grouped heads has no fused CUDA kernel."""
+    batch, groups, columns, size = x.shape
+    if groups == query_heads:
+        return x
+    return x[:, :, None].expand(batch, groups, query_heads // groups, columns, size).flatten(1, 2)
+
+
+@torch.no_grad()
+def last_row_saliency(query: Tensor, keys: Tensor, mask: Tensor, scaling: float, columns: int) -> Tensor:
+    """Post-softmax attention of the last query row, mean over query heads, fp32, (B, columns).
+
+    Only one row is explicit: (B,H,1,T) a layer, never an attention map.
+    """
+    batch, heads, _, size = query.shape
+    groups = keys.shape[1]
+    row = query[:, :, -1].float().view(batch, groups, heads // groups, size)
+    logits = row @ keys.float().transpose(2, 3) * scaling
+    logits = logits.masked_fill(~mask[:, :, -1:], float("-inf"))
+    return logits.softmax(-1).mean((1, 2))[:, :columns]
+
+
+def latent_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    latent: Pass | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention function in transformers' interface; `latent` comes through the decoder's keyword arguments.
+
+    query (B,H,L,D), key and value (B,G,L,D), attention_mask (B,1,L,T) bool.  Returns (B,L,H,D).
+    Without `latent` it is transformers' own SDPA attention.
+    """
+    if latent is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    layer = module.layer_idx
+    keys, values = latent.kept.extend(latent.index, layer, key, value)
+    if latent.read_columns and layer not in latent.saliency:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
+    heads = query.shape[1]
+    out = F.scaled_dot_product_attention(
+        query,
+        repeat_heads(keys, heads),
+        repeat_heads(values, heads),
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, latent_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def segment_mask(column_mask: Tensor, length: int, window: int | None = None) -> Tensor:
+    """Which columns the last `length` columns may see.
+
+    column_mask (B,T) bool, real columns; window counts real columns (None: no limit).  Returns (B,1,length,T) bool:
+    causal over real columns.  A masked column sees itself alone, so that its softmax is finite; nothing sees it.
+    """
+    total = column_mask.shape[1]
+    columns = torch.arange(total, device=column_mask.device)
+    queries = columns[total - length :]
+    causal = columns[None, :] <= queries[:, None]
+    allowed = causal[None] & column_mask[:, None, :]
+    if window is not None:
+        order = column_mask.cumsum(1)
+        allowed &= order[:, total - length :, None] - order[:, None, :] < window
+    itself = columns[None, :] == queries[:, None]
+    return (allowed | itself[None])[:, None]

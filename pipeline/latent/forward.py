@@ -1,0 +1,227 @@
+"""The latent forward: Q, V1, h1, V2, h2, ..., Vn, hn, R, every column through the decoder once.
+
+Pass p = 0..n-1 ends at the last column so far and yields h_{p+1} (its final hidden state) and s (its attention over the
+question's image columns); V_{p+1} are the input embeddings of the K columns with the largest s.  The last pass runs
+over the remaining steps R.  Paper section 3; numbers equal those of recomputing every prefix.
+
+Shapes: B rows, P question columns, K patches a step, R target columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.latent.attention import KeptSegments, Pass, segment_mask
+from pipeline.latent.select import select_patches, selection_entropy
+
+
+class LatentConfig(BaseModel):
+    """Options that change the mathematics of a latent step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_patches: int = Field(32, ge=0)
+    """K: image columns that each latent step takes (paper: 32 for Qwen2-VL)."""
+    latent_grad: Literal["bptt", "detach"] = "bptt"
+    """Whether gradient flows through h into the pass that produced it (bptt) or not (detach: published)."""
+    positions: Literal["mrope", "sequential"] = "mrope"
+    """The backbone's own positions for the question (mrope), or one-dimensional ones (sequential: published)."""
+    patch_order: Literal["position", "score"] = "position"
+    """Order of V's columns inside a step."""
+    selection: Literal["attention", "random", "uniform", "least", "none"] = "attention"
+    """Which patches: those attended to most, or a control."""
+
+
+class Backbone(Protocol):
+    """What the forward needs of a model; see `pipeline.backbones`."""
+
+    def embed_tokens(self, ids: Tensor) -> Tensor: ...
+
+    def embed_prompt(self, batch: Batch) -> Tensor: ...
+
+    def decode(self, embeds: Tensor, positions: Tensor, masks: dict[str, Tensor], latent: Pass) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    @property
+    def sliding_window(self) -> int | None: ...
+
+
+@dataclass
+class LatentStep:
+    """One latent step of a batch, for reports and tests."""
+
+    columns: Tensor
+    """(B,K) question columns taken, in inserted order"""
+    filled: Tensor
+    """(B,K) bool: slots that hold a patch"""
+    saliency: Tensor
+    """(B,P) s, fp32"""
+    candidates: Tensor
+    """(B,P) bool, columns that could still be taken"""
+    latent: Tensor
+    """(B,D) h, as read (before detach)"""
+    active: Tensor
+    """(B,) bool: rows that take this step"""
+
+
+@dataclass
+class Columns:
+    """Bookkeeping of columns so far: which are real, and the position of the next one."""
+
+    mask: Tensor
+    next_position: Tensor
+
+    def grow(self, new: Tensor) -> Tensor:
+        """Append columns with real-column mask `new` (B,L); return their positions (3,B,L)."""
+        positions = (self.next_position[:, None] + new.long().cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.cat([self.mask, new], dim=1)
+        self.next_position = self.next_position + new.long().sum(1)
+        return positions.expand(3, -1, -1)
+
+
+@dataclass
+class Trace:
+    """All that a latent forward computed."""
+
+    steps: list[LatentStep]
+    tips: list[Tensor]
+    """n+1 tensors (B,D): final hidden state of the column that ends Q, h1, ..., hn"""
+    hidden: list[Tensor]
+    """Final hidden states by pass; concatenated they are the final sequence (B,T,D)"""
+    target_start: int
+    """First column of R in the last pass"""
+    embeds: list[Tensor] = field(default_factory=list)
+    """Input embeddings by pass"""
+
+    def predictors(self, latents: Tensor) -> Tensor:
+        """(B,R,D): the hidden state that predicts each target column.
+
+        R's first token is predicted by the row's own last real column: h of its last step, or the end of Q.
+        """
+        tips = torch.stack(self.tips, dim=1)
+        first = tips.gather(1, latents[:, None, None].expand(-1, 1, tips.shape[-1]))
+        return torch.cat([first, self.hidden[-1][:, self.target_start : -1]], dim=1)
+
+    def statistics(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over rows for monitoring: latent norm, selection entropy, coverage, and the rows they are over."""
+        zero = batch.latents.new_zeros((), dtype=torch.float32)
+        sums = {"latent_norm": zero, "selection_entropy": zero, "latent_steps": zero, "coverage": zero}
+        for step in self.steps:
+            active = step.active.float()
+            sums["latent_norm"] = sums["latent_norm"] + (step.latent.detach().float().norm(dim=-1) * active).sum()
+            entropy = selection_entropy(step.saliency, step.candidates)
+            sums["selection_entropy"] = sums["selection_entropy"] + (entropy * active).sum()
+            sums["latent_steps"] = sums["latent_steps"] + active.sum()
+            taken = (step.filled & step.active[:, None]).sum(1) / batch.image_mask.sum(1).clamp(min=1)
+            sums["coverage"] = sums["coverage"] + taken.sum()
+        sums["rows_with_latents"] = ((batch.latents > 0) & batch.image_mask.any(1)).sum().float()
+        return sums
+
+
+Replay = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""Test hook: (step, saliency) -> (columns, filled) in place of the selection."""
+
+
+class LatentForward:
+    """One run over a batch, pass by pass; training and decoding share it."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        batch: Batch,
+        config: LatentConfig,
+        kept: KeptSegments | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        self.backbone, self.batch, self.config, self.replay = backbone, batch, config, replay
+        self.kept = KeptSegments() if kept is None else kept
+        self.passes_run = 0
+        self.prompt_embeds = backbone.embed_prompt(batch)
+        positions = batch.prompt_positions
+        if config.positions == "sequential":
+            positions = (batch.prompt_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        self.prompt_positions = positions
+        last = positions.masked_fill(~batch.prompt_mask, -1).amax((0, 2))
+        self.sequence = Columns(batch.prompt_mask, last + 1)
+        self.candidates = batch.image_mask
+        self.steps: list[LatentStep] = []
+
+    def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> tuple[Tensor, Tensor | None]:
+        """Feed the newest columns, embeds (B,L,D); their mask is already in `sequence`.
+
+        Returns hidden (B,L,D) and, with `read`, s over the question's columns (B,P).
+        """
+        mask, length, window = self.sequence.mask, embeds.shape[1], self.backbone.sliding_window
+        masks = {"full_attention": segment_mask(mask, length)}
+        if window is not None:
+            masks["sliding_attention"] = segment_mask(mask, length, window)
+        columns = self.prompt_embeds.shape[1] if read else 0
+        latent = Pass(self.passes_run, self.kept, columns)
+        hidden = self.backbone.decode(embeds, positions, masks, latent)
+        self.passes_run += 1
+        return hidden, latent.mean_saliency() if read else None
+
+    def take_step(self, hidden: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent step after a pass: V and h as new columns.
+
+        hidden (B,D) of the pass's last column.  Returns embeds (B,K+1,D) and positions (3,B,K+1).
+        """
+        batch, config, step = self.batch, self.config, len(self.steps)
+        active = batch.latents > step
+        if self.replay is not None:
+            columns, filled = self.replay(step, saliency)
+        else:
+            columns, filled = select_patches(
+                saliency,
+                self.candidates,
+                config.num_patches,
+                selection=config.selection,
+                patch_order=config.patch_order,
+                row_ids=batch.row_ids,
+                step=step,
+            )
+        filled = filled & active[:, None]
+        self.steps.append(LatentStep(columns, filled, saliency, self.candidates, hidden, active))
+        taken = torch.zeros_like(self.candidates, dtype=torch.int64).scatter_add_(1, columns, filled.long()) > 0
+        self.candidates = self.candidates & ~taken
+
+        index = columns[..., None].expand(-1, -1, self.prompt_embeds.shape[-1])
+        vision = self.prompt_embeds.gather(1, index) * filled[..., None].to(hidden.dtype)
+        text = hidden.detach() if config.latent_grad == "detach" else hidden
+        text = text * active[:, None].to(hidden.dtype)
+        positions = self.sequence.grow(torch.cat([filled, active[:, None]], dim=1))
+        return torch.cat([vision, text[:, None]], dim=1), positions
+
+
+def latent_forward(
+    backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None = None
+) -> Trace:
+    """Run question, latent steps and targets; every pass's columns attend to all kept earlier ones."""
+    run = LatentForward(backbone, batch, config, replay=replay)
+    embeds, positions = run.prompt_embeds, run.prompt_positions
+    hidden_by_pass, embeds_by_pass, tips = [], [], []
+    for _ in range(batch.passes):
+        hidden, saliency = run.run_pass(embeds, positions, read=True)
+        hidden_by_pass.append(hidden)
+        embeds_by_pass.append(embeds)
+        tips.append(hidden[:, -1])
+        embeds, positions = run.take_step(hidden[:, -1], saliency)
+    start = embeds.shape[1]
+    embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
+    positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
+    hidden, _ = run.run_pass(embeds, positions, read=False)
+    tips.append(hidden[:, start - 1])
+    return Trace(run.steps, tips, [*hidden_by_pass, hidden], start, [*embeds_by_pass, embeds])
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Passes' columns as one final sequence (B,T,...)."""
+    return torch.cat(list(parts), dim=1)

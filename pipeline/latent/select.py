@@ -1,0 +1,84 @@
+"""Which image columns a latent step takes: latent vision V of a pass.
+
+Shapes: B rows, P question columns, K patches a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SELECTIONS = ("attention", "random", "uniform", "least", "none")
+PATCH_ORDERS = ("position", "score")
+
+
+def select_patches(
+    saliency: Tensor,
+    candidates: Tensor,
+    num_patches: int,
+    *,
+    selection: str = "attention",
+    patch_order: str = "position",
+    row_ids: Tensor | None = None,
+    step: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Columns of the K chosen patches and which of the K slots are filled.
+
+    saliency (B,P) fp32; candidates (B,P) bool, image columns of the row that no earlier step took.
+    Returns columns (B,K) int64 and filled (B,K) bool; filled slots come first.  Fewer candidates than K fill fewer
+    slots.  Ties go to the lower column, on every device.  `row_ids` (B,) seeds `random`, so that a row's draw
+    depends neither on its batch nor on the rank.
+    """
+    if selection == "none":
+        num_patches = 0
+    ranking = _RANKINGS.get(selection, _by_attention)(saliency, candidates, num_patches, row_ids, step)
+    ranking = ranking.masked_fill(~candidates, float("-inf"))
+    values, columns = ranking.sort(dim=1, descending=True, stable=True)
+    missing = num_patches - columns.shape[1]
+    if missing > 0:  # a question shorter than K, in a batch without images
+        values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
+        columns = torch.nn.functional.pad(columns, (0, missing))
+    columns, filled = columns[:, :num_patches], values[:, :num_patches] > float("-inf")
+    if patch_order == "position":
+        # empty slots sort behind every column
+        order = columns.masked_fill(~filled, candidates.shape[1]).argsort(dim=1, stable=True)
+        columns, filled = columns.gather(1, order), filled.gather(1, order)
+    return columns, filled
+
+
+def _by_attention(saliency: Tensor, *_) -> Tensor:
+    return saliency
+
+
+def _by_least(saliency: Tensor, *_) -> Tensor:
+    return -saliency
+
+
+def _by_random(saliency: Tensor, candidates: Tensor, num_patches: int, row_ids: Tensor | None, step: int) -> Tensor:
+    """A hash of (row, step, column) in place of a generator: the same on every device and in every batch."""
+    rows = torch.zeros_like(saliency[:, 0], dtype=torch.int64) if row_ids is None else row_ids
+    # number image columns from the row's first, so that padding does not change the draw
+    columns = candidates.long().cumsum(1)
+    x = rows[:, None] * 0x9E3779B1 + step * 0x85EBCA77 + columns * 0xC2B2AE3D
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return (x ^ (x >> 15)).double()
+
+
+def _by_uniform(saliency: Tensor, candidates: Tensor, num_patches: int, *_) -> Tensor:
+    """Evenly spaced among the columns that are left."""
+    left = candidates.sum(1, keepdim=True)
+    number = candidates.long().cumsum(1) - 1
+    wanted = (number * num_patches) // left.clamp(min=1)
+    before = ((number - 1) * num_patches) // left.clamp(min=1)
+    return ((number == 0) | (wanted != before) | (left <= num_patches)).float()
+
+
+_RANKINGS = {"attention": _by_attention, "least": _by_least, "random": _by_random, "uniform": _by_uniform}
+
+
+def selection_entropy(saliency: Tensor, candidates: Tensor) -> Tensor:
+    """Entropy in nats of s over the candidate columns, renormalised, (B,); 0 for a row without candidates."""
+    weights = saliency * candidates
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
+    return torch.special.entr(weights).sum(1)

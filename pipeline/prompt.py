@@ -1,0 +1,2 @@
+def check_num_patches(columns, k):
+    if columns < k: raise ValueError("x")
