@@ -1,7 +1,8 @@
 """The command line of every command: `--name value` options in, one typed function call out.
 
-Words are read by Python Fire with raw strings, and converted by the annotations of the command's own function, so a
-date, `1, 2` or `1e-4` arrives as it was typed. All mistakes are reported together, one line each, with status 2.
+Words are read by Python Fire with raw strings, and converted by the annotations of the command's own
+function, so a date, `1, 2` or `1e-4` arrives as it was typed. All mistakes are reported together, one line
+each, with status 2.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Given = dict[str, "str | list[str]"]
 def parse(argv: Sequence[str], repeatable: Collection[str] = ()) -> Given:
     """Read `--name value`, `--name=value` and `--flag` (the value "True"); `-` and `_` in names are equal.
 
-    An option named in `repeatable` gives the list of its values. A value that itself starts with `-` and a letter
-    needs the form `--name=value`.
+    An option named in `repeatable` gives the list of its values. A value that itself starts with `-` and a
+    letter needs the form `--name=value`.
 
     Raises:
         UserError: a word that belongs to no option, or an option given twice.
@@ -41,18 +42,17 @@ def parse(argv: Sequence[str], repeatable: Collection[str] = ()) -> Given:
         words.extend(loose)
         found.update(options)
 
-    # Fire keeps the last of equal names and reads `--no...` as a denial: a running number in front prevents both.
+    nameless = [word for word in argv if re.match(r"--(?![A-Za-z])", word)]
+    # Fire keeps the last of equal names and reads `--no...` as a denial: a number in front prevents both.
     numbered = [re.sub(r"^--?(?=[A-Za-z])", f"--{i}:", word) for i, word in enumerate(argv)]
-    # Fire takes a lone `-` and the last `--` for itself; this leaves it none of the user's.
-    fire.Fire(collect, command=[*numbered, "--", "--separator=\n"], name="options")
+    # Fire would take a lone `-` for itself unless its separator is what no argument can hold.
+    fire.Fire(collect, command=[*(word for word in numbered if word not in nameless), "--", "--separator=\0"])
 
     given: Given = {}
-    problems = [f"unexpected word '{word}': options are written --name value" for word in words]
+    problems = [f"unexpected word '{word}': options are written --name value" for word in [*words, *nameless]]
     for numbered_name, value in found.items():
-        number, _, name = numbered_name.partition(":")
-        if not name or not number.isdigit():
-            problems.append(f"unexpected word '--{numbered_name}': options are written --name value")
-        elif name in repeatable:
+        name = numbered_name.partition(":")[2]
+        if name in repeatable:
             given.setdefault(name, []).append(value)  # type: ignore[union-attr]
         elif name in given:
             problems.append(f"--{name} is given twice")
@@ -106,18 +106,22 @@ def convert(annotation: Any, value: str | list[str]) -> Any:
     Raises:
         ValueError: the text is not of that kind; the message says which is.
     """
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return convert(annotation, value)
-    if origin is list:
+    annotation = _required(annotation)
+    if get_origin(annotation) is list:
         return value if isinstance(value, list) else [value]
     assert isinstance(value, str), f"a repeated option needs the annotation list[str], not {annotation}"
-    if origin is Literal:
+    if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
             raise ValueError(f"expected one of {', '.join(get_args(annotation))}")
         return value
     return _SCALARS[annotation](value)
+
+
+def _required(annotation: Any) -> Any:
+    """X for `X | None`: an option that is given is never None."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return annotation
 
 
 def _integer(text: str) -> int:
@@ -160,33 +164,39 @@ def help_text(main: Callable[..., object], program: str) -> str:
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
         required = parameter.default is parameter.empty
-        default = "required" if required else f"default {'none' if parameter.default is None else parameter.default}"
+        default = (
+            "required"
+            if required
+            else f"default {'none' if parameter.default is None else parameter.default}"
+        )
         lines.append(f"  --{name} {_kind(parameter.annotation)} ({default})")
     return "\n".join(lines)
 
 
 def _kind(annotation: Any) -> str:
+    annotation = _required(annotation)
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if get_origin(annotation) is list:
         return f"{_kind(get_args(annotation)[0])}, repeatable"
-    if get_args(annotation):
-        return _kind(get_args(annotation)[0])
     return {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}[annotation]
 
 
-def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()) -> None:
+def run(
+    main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()
+) -> None:
     """Run a command: read `argv` (default: the process's), call `main(**options)`, end as a command should.
 
-    `main` has keyword-only parameters; its `list[str]` ones may be repeated on the command line, and so may the names
-    in `repeatable` among those that its `**options` takes as raw strings. `--help` prints and returns.
+    `main` has keyword-only parameters; its `list[str]` ones may be repeated on the command line, and so may
+    the names in `repeatable` among those that its `**options` takes as raw strings. `--help` prints and
+    returns.
 
     Raises:
         SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
     signature = inspect.signature(main, eval_str=True)
-    lists = {name for name, p in signature.parameters.items() if get_origin(p.annotation) is list}
+    lists = {name for name, p in signature.parameters.items() if get_origin(_required(p.annotation)) is list}
     try:
         given = parse(argv, lists | set(repeatable))
         if "help" in given or "h" in given:

@@ -1,7 +1,7 @@
 """The one record that every source yields: a picture, a question with choices, a rationale and an answer.
 
-In a tar an Example is two members: `KEY.json` (canonical: sorted keys, UTF-8) and, if it has a picture, `KEY.EXT` with
-the picture's bytes as they were found.
+In a tar an Example is two members: `KEY.json` (canonical: sorted keys, UTF-8) and, if it has a picture,
+`KEY.EXT` with the picture's bytes as they were found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HASH_BYTES = 16
 
 
 class InvalidExample(ValueError):
-    """An Example or its stored form breaks a rule; the message is the reason."""
+    """An Example or its stored form breaks a rule; the message is the reason, as "KIND" or "KIND: DETAIL"."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ class Example:
             if not getattr(self, name).strip():
                 raise InvalidExample(f"no {name}")
         if len(self.choices) < 2:
-            raise InvalidExample(f"{len(self.choices)} choices, at least 2 are needed")
+            raise InvalidExample(f"fewer than 2 choices: {len(self.choices)}")
         if not all(choice.strip() for choice in self.choices):
             raise InvalidExample("an empty choice")
         if not 0 <= self.answer < len(self.choices):
-            raise InvalidExample(f"answer {self.answer} is outside the {len(self.choices)} choices")
+            raise InvalidExample(f"answer outside the choices: {self.answer} of {len(self.choices)}")
         if self.image is not None:
             check_image(self.image, max_pixels)
 
     def _check_types(self) -> None:
         if type(self.answer) is not int:  # a bool is an int to isinstance
-            raise InvalidExample(f"answer is {type(self.answer).__name__}, not a whole number")
+            raise InvalidExample(f"answer not a whole number: {self.answer!r}")
         if not isinstance(self.image, bytes | None):
-            raise InvalidExample(f"image is {type(self.image).__name__}, not bytes")
+            raise InvalidExample(f"image not bytes: {type(self.image).__name__}")
         if not isinstance(self.choices, tuple) or not isinstance(self.fields, dict):
             raise InvalidExample("choices must be a tuple and fields a dict")
         texts = {name: getattr(self, name) for name in _TEXTS}
@@ -84,9 +84,9 @@ class Example:
         texts |= {f"name of field {i}": name for i, name in enumerate(self.fields)}
         for name, text in texts.items():
             if not isinstance(text, str):
-                raise InvalidExample(f"{name} is {type(text).__name__}, not text")
+                raise InvalidExample(f"{name} not text: {type(text).__name__}")
             if not _is_unicode(text):
-                raise InvalidExample(f"{name} is not valid Unicode")
+                raise InvalidExample(f"{name} not valid Unicode")
 
     def to_record(self) -> dict[str, Any]:
         """The content of `KEY.json`: everything but the picture."""
@@ -139,7 +139,7 @@ def image_extension(image: bytes) -> str:
         return "gif"
     if image.startswith(b"BM"):
         return "bmp"
-    raise InvalidExample(f"the picture is none of {', '.join(IMAGE_EXTENSIONS)}")
+    raise InvalidExample(f"unknown image format: none of {', '.join(IMAGE_EXTENSIONS)}")
 
 
 def image_size(image: bytes) -> tuple[int, int]:
@@ -160,12 +160,12 @@ def check_image(image: bytes, max_pixels: int = MAX_PIXELS) -> None:
     try:
         with Image.open(io.BytesIO(image)) as picture:
             if picture.width * picture.height > max_pixels:
-                raise InvalidExample(f"the picture has {picture.width} x {picture.height} pixels, too many")
+                raise InvalidExample(f"image too large: {picture.width} x {picture.height} pixels")
             picture.load()
     except InvalidExample:
         raise
     except Exception as error:  # damaged bytes make PIL's decoders raise errors of many kinds
-        raise InvalidExample(f"the {extension} picture cannot be decoded: {error}") from error
+        raise InvalidExample(f"image cannot be decoded: {extension}, {error}") from error
 
 
 def _is_unicode(text: str) -> bool:

@@ -12,7 +12,7 @@ def split_steps(rationale: str) -> list[str]:
 
 
 def merge_steps(steps: list[str], groups: int = 3) -> list[str]:
-    """At most `groups` steps: more are merged to consecutive groups of equal length, earlier ones take the remainder."""
+    """At most `groups` steps: more are merged to consecutive groups; earlier groups take the remainder."""
     if len(steps) <= groups:
         return list(steps)
     size, remainder = divmod(len(steps), groups)

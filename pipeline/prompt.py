@@ -1,2 +1,140 @@
-def check_num_patches(columns, k):
-    if columns < k: raise ValueError("x")
+"""Example -> token ids: the prompt as the backbone's chat template puts it, then the steps that remain and the answer.
+
+Every piece (question, each step, answer) is tokenised on its own, as the released code does, so that removing a step
+changes no other token.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.example import MAX_PIXELS, Example
+from pipeline.batch import Row, RowFormat
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ANSWER = "Therefore, the answer is "
+
+
+class PromptConfig(BaseModel):
+    """How an example is written down."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    answer: Literal["letter", "index"] = "letter"
+    """The answer as a letter (M3CoT) or as the 0-based index of the choice (ScienceQA)."""
+    context: bool = False
+    """Put the context or hint in front of the question (the published prompts leave it out)."""
+    image_size: int | None = Field(None, ge=28)
+    """Resize every image to a square of so many pixels (published: 280); none keeps its shape."""
+    max_pixels: int | None = Field(None, ge=28 * 28)
+    """Most pixels of an image that keeps its shape; none: the image processor's own limit."""
+    max_tokens: int = Field(3400, ge=16)
+    """Most columns of a final sequence (published: 3400)."""
+    overlong: Literal["drop_steps", "skip"] = "drop_steps"
+    """Rows above the limit lose trailing steps, or are skipped; image, question and answer are never cut."""
+
+
+class Processor(Protocol):
+    """What row building needs of a backbone's processor; see `pipeline.backbones`."""
+
+    row_format: RowFormat
+    eos_id: int
+
+    def text_ids(self, text: str) -> list[int]: ...
+
+    def prompt_ids(self, text: str, grids: list[tuple[int, int, int]]) -> list[int]: ...
+
+    def image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]: ...
+
+    def image_columns(self, width: int, height: int) -> int: ...
+
+    def positions(self, ids: list[int], grids: list[tuple[int, int, int]]) -> np.ndarray: ...
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot become a row; the message is the reason."""
+
+
+def question_text(example: Example, context: bool = False) -> str:
+    """The published training prompt's text; braces are literal."""
+    options = "\n".join(f"({LETTERS[i]}).{{{choice}}}" for i, choice in enumerate(example.choices))
+    before = f"[Context]:{{{example.context}}}\n" if context and example.context else ""
+    return f"{before}[Question]:{{{example.question}}}\n[Options]:\n{options}\nAnswer:\n"
+
+
+def answer_label(example: Example, style: str) -> str:
+    """What the answer sentence ends in: "B" or "1"."""
+    return LETTERS[example.answer] if style == "letter" else str(example.answer)
+
+
+def check_num_patches(image_columns: int, num_patches: int) -> None:
+    """Raise UnusableSample where a latent step asks for more patches than the image has at all."""
+    if image_columns < num_patches:
+        raise UnusableSample(f"{num_patches} patches a step (latent.num_patches) of an image that has {image_columns}")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decoded RGB image, turned as its EXIF says.  Raises UnusableSample for bytes that are not one."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise UnusableSample(f"image of {image.width} x {image.height} pixels")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except UnusableSample:
+        raise
+    except Exception as error:  # PIL's decoders raise whatever a broken file makes them raise
+        raise UnusableSample(f"image cannot be decoded: {error}") from error
+
+
+class RowBuilder:
+    """Example -> Row, for one processor and set of options."""
+
+    def __init__(self, processor: Processor, config: PromptConfig, num_patches: int) -> None:
+        """num_patches: K of the latent steps; 0 where none takes any."""
+        self.processor, self.config, self.num_patches = processor, config, num_patches
+
+    def prompt_row(self, example: Example, key: str, row_id: int, latents: int) -> Row:
+        """The question alone, ready for `latents` latent steps.  Raises UnusableSample."""
+        if len(example.choices) > len(LETTERS):
+            raise UnusableSample(f"{len(example.choices)} choices, more than there are letters")
+        pixels, grids = None, []
+        if example.image is not None:
+            try:
+                pixels, grid = self.processor.image(open_image(example.image))
+            except UnusableSample:
+                raise
+            except ValueError as error:
+                raise UnusableSample(f"image: {error}") from error
+            grids = [grid]
+        ids = self.processor.prompt_ids(question_text(example, self.config.context), grids)
+        if latents and grids:
+            check_num_patches(self._image_columns(grids), self.num_patches)
+        positions = self.processor.positions(ids, grids)
+        return Row(key, row_id, ids, positions, latents=latents, pixel_values=pixels, image_grid=grids)
+
+    def row(self, example: Example, key: str, row_id: int, latents: int, steps: list[str]) -> Row:
+        """Question, `latents` latent steps, remaining `steps`, answer and eos.
+
+        Raises UnusableSample where it stays longer than `max_tokens` without its trailing steps.
+        """
+        row = self.prompt_row(example, key, row_id, latents)
+        pieces = [self.processor.text_ids(step + "\n") for step in steps]
+        answer = self.processor.text_ids(ANSWER + answer_label(example, self.config.answer)) + [self.processor.eos_id]
+        patches = self.num_patches if row.image_grid else 0
+        left = self.config.max_tokens - len(row.prompt_ids) - latents * (patches + 1) - len(answer)
+        while left < sum(map(len, pieces)) and pieces and self.config.overlong == "drop_steps":
+            pieces.pop()
+        if left < sum(map(len, pieces)):
+            excess = sum(map(len, pieces)) - left
+            raise UnusableSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
+        row.dropped_steps = len(steps) - len(pieces)
+        row.target_ids = [token for piece in pieces for token in piece] + answer
+        return row
+
+    def _image_columns(self, grids: list[tuple[int, int, int]]) -> int:
+        return sum(t * h * w for t, h, w in grids) // self.processor.row_format.merge ** 2

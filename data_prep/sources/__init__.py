@@ -1,4 +1,4 @@
-"""Where questions come from. A source is a random-access table of Examples, so that shards can be made in any order."""
+"""Where questions come from: a source is a random-access table of Examples, so shards need no order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from data_prep.cli import bind
 from data_prep.errors import UserError
-from data_prep.example import Example
+from data_prep.example import Example, InvalidExample
 
 SPLITS = ("train", "val", "test")
 NAMES = ("m3cot", "scienceqa", "jsonl", "trails")
@@ -48,12 +48,12 @@ def open_source(name: str, input: str | None = None, options: Mapping[str, Any] 
     Args:
         name: one of `NAMES`.
         input: file, folder or hub id to read; None for the source's default.
-        options: the source's own options, as text (`source_options` names them).
+        options: the source's own options by name, as values or as text (`source_options` has the defaults).
 
     Raises:
         UserError: no such source or option, or an input that cannot be read.
     """
-    options = dict(options or {})
+    options = {option: str(value) for option, value in (options or {}).items()}
     module = _module(name)
     if hasattr(module, "Options"):
         if input is not None:
@@ -64,10 +64,33 @@ def open_source(name: str, input: str | None = None, options: Mapping[str, Any] 
     return module.open_table(input)
 
 
-def source_options(name: str) -> dict[str, Any]:
-    """The names and defaults of a source's own options."""
+def source_options(name: str) -> dict[str, str]:
+    """The names and defaults of a source's own options.
+
+    Raises:
+        UserError: no such source.
+    """
     module = _module(name)
-    return dict(vars(module.Options())) if hasattr(module, "Options") else {}
+    defaults = vars(module.Options()) if hasattr(module, "Options") else {}
+    return {option: str(value) for option, value in defaults.items()}
+
+
+def text(value: Any) -> Any:
+    """A cell of a table, with the empty text for a missing value; whether it is text is validated later."""
+    return "" if value is None else value
+
+
+def answer_index(answer: Any) -> Any:
+    """The 0-based index for an answer given as a letter; an index is passed through, to be validated later.
+
+    Raises:
+        InvalidExample: neither of them.
+    """
+    if isinstance(answer, str) and len(answer) == 1 and "A" <= answer.upper() <= "Z":
+        return ord(answer.upper()) - ord("A")
+    if answer is None or isinstance(answer, str):
+        raise InvalidExample(f"no answer: {answer!r} is neither a letter nor an index")
+    return answer
 
 
 def _module(name: str) -> Any:

@@ -1,44 +1,33 @@
 """Generated source: grids of two-coloured flags whose arrows make trails to follow.
 
-A picture shows `grid` x `grid` flags, each with a left and a right colour (no two flags of a picture are alike) and an
-arrow to a neighbouring flag. A `follow` question needs `hops` looks in a row, each depending on the last; the other
-kinds need one look, and give a rationale in which the asked flag comes last:
+A picture shows `grid` x `grid` flags, each with a left and a right colour (no two flags of a picture are
+alike) and an arrow to a neighbouring flag. A `follow` question needs `hops` looks in a row, each depending on
+the last; the other kinds need one look, and give a rationale in which the asked flag comes last:
 
     follow     "Start at the red blue flag and follow 3 arrows. Which flag is reached?"
     look       "Which way does the red blue flag point?"
     neighbour  "Which flag does the red blue flag point to?"
     describe   "Which flag is in row 1, column 3?"
 
-Example `i` of a split is a pure function of (options, split, i). Train, val and test share no picture: a hash of what
-a picture shows decides which split it may be in.
+Example `i` of a split is a pure function of (options, split, i). Train, val and test share no picture: a hash
+of what a picture shows decides which split it may be in.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import random
 import re
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.sources import SPLITS
+from data_prep.sources.flags import ARROWS, PALETTE, Layout, neighbours
 
-PALETTE = {
-    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 225, 50),
-    "pink": (255, 150, 195), "brown": (125, 75, 30), "orange": (255, 145, 0), "purple": (145, 50, 175),
-}  # fmt: skip
-DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 KINDS = ("follow", "look", "neighbour", "describe")
 CHOICES = 4
 
-_COLOURS, _ARROWS = tuple(PALETTE), tuple(DIRECTIONS)
-_BLACK, _WHITE = len(PALETTE), len(PALETTE) + 1
 _DECK = 100
 """Kinds are dealt from shuffled decks of this many examples, each with the exact mix."""
 _MAX_REDRAWS = 20_000
@@ -74,8 +63,10 @@ class TrailsOptions:
         return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
 
     def deck(self) -> list[str]:
-        """`mix` as `_DECK` kinds, in a fixed order; of another length if the shares are not hundredths of 1."""
-        shares = {kind: float(share) for kind, _, share in (part.partition(":") for part in self.mix.split(","))}
+        """`mix` as `_DECK` kinds in a fixed order; of another length if the shares do not add up to 1."""
+        shares = {
+            kind: float(share) for kind, _, share in (part.partition(":") for part in self.mix.split(","))
+        }
         return [kind for kind, share in sorted(shares.items()) for _ in range(round(share * _DECK))]
 
     def problems(self) -> list[str]:
@@ -88,70 +79,16 @@ class TrailsOptions:
         checks = {
             "--grid: expected 3 or more": self.grid >= 3,
             "--cell: expected 12 to 256 pixels": 12 <= self.cell <= 256,
-            f"--hops {self.hops}: expected a number or a range such as 2-3, from 1": bool(hops) and hops[0] >= 1,
+            f"--hops {self.hops}: expected 1 or more, or a range such as 2-3": bool(hops) and hops[0] >= 1,
             f"--colours: expected 2 to {len(PALETTE)}": 2 <= self.colours <= len(PALETTE),
             f"--grid {self.grid} needs {cells} different flags; --colours {self.colours} gives "
             f"{self.colours * (self.colours - 1)}": self.colours * (self.colours - 1) >= cells,
-            f"--mix {self.mix}: expected KIND:SHARE,... of {', '.join(KINDS)}, in hundredths that add up to 1":
+            f"--mix {self.mix}: expected KIND:SHARE,... of {', '.join(KINDS)}, hundredths that add up to 1":
                 len(deck) == _DECK and set(deck) <= set(KINDS),
             "--seed: expected 0 or more": self.seed >= 0,
             "--train, --val, --test: expected 0 or more": min(self.train, self.val, self.test) >= 0,
         }  # fmt: skip
         return [line for line, met in checks.items() if not met]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a picture shows; cells are numbered in reading order."""
-
-    grid: int
-    flags: tuple[tuple[int, int], ...]
-    """(left, right) colour of each cell, as positions in the palette."""
-    arrows: tuple[int, ...]
-    """Direction of each cell, as positions in `DIRECTIONS`."""
-
-    @classmethod
-    def draw(cls, rng: random.Random, grid: int, colours: int) -> Layout:
-        """Flags without repetition, arrows that stay in the grid."""
-        flags = rng.sample(_flag_pairs(colours), grid**2)
-        return cls(grid, tuple(flags), tuple([rng.choice(allowed) for allowed in _allowed_arrows(grid)]))
-
-    def split(self) -> str:
-        """The split that this picture may be in: 8, 1 and 1 of 10 are train, val and test."""
-        shown = bytes([colour for flag in self.flags for colour in flag]) + bytes(self.arrows)
-        tenth = int.from_bytes(hashlib.blake2b(shown, digest_size=8).digest()) % 10
-        return "train" if tenth < 8 else "val" if tenth == 8 else "test"
-
-    def name(self, cell: int) -> str:
-        """Such as "red blue"."""
-        left, right = self.flags[cell]
-        return f"{_COLOURS[left]} {_COLOURS[right]}"
-
-    def target(self, cell: int) -> int:
-        """The cell that a cell's arrow points to."""
-        return _neighbours(self.grid)[cell][self.arrows[cell]]
-
-    def path(self, start: int, hops: int) -> list[int]:
-        """The `hops` + 1 cells from `start` on."""
-        cells = [start]
-        for _ in range(hops):
-            cells.append(self.target(cells[-1]))
-        return cells
-
-    def sentence(self, cell: int) -> str:
-        """Such as "red blue points right to green pink"."""
-        return f"{self.name(cell)} points {_ARROWS[self.arrows[cell]]} to {self.name(self.target(cell))}"
-
-    def picture(self, cell: int) -> bytes:
-        """PNG of `grid` x `grid` cells of `cell` pixels."""
-        tiles = np.stack([_tile(*flag, arrow, cell) for flag, arrow in zip(self.flags, self.arrows, strict=True)])
-        side = self.grid * cell
-        pixels = tiles.reshape(self.grid, self.grid, cell, cell).swapaxes(1, 2).reshape(side, side)
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        image.putpalette([value for rgb in (*PALETTE.values(), (0, 0, 0), (255, 255, 255)) for value in rgb])
-        out = io.BytesIO()
-        image.save(out, "PNG", compress_level=1)
-        return out.getvalue()
 
 
 class Trails:
@@ -184,19 +121,21 @@ class Trails:
         hops = options.hop_range()
         for _ in range(_MAX_REDRAWS):
             layout = Layout.draw(rng, options.grid, options.colours)
-            if layout.split() != split:
-                continue
+            while layout.split() != split:
+                layout = Layout.draw(rng, options.grid, options.colours)
             if kind == "follow":
                 asked = _follow(layout, rng, hops[cycle % len(hops)])
             elif kind == "look":
-                asked = _look(layout, rng, cycle % len(DIRECTIONS))
+                asked = _look(layout, rng, cycle % len(ARROWS))
             elif kind == "neighbour":
                 asked = _neighbour(layout, rng)
             else:
                 asked = _describe(layout, rng)
             if asked is not None:
                 return self._example(split, row, kind, position, layout, asked)
-        raise UserError(f"--hops {options.hops} is too many for --grid {options.grid}: no picture has 4 such trails")
+        raise UserError(
+            f"--hops {options.hops} is too many for --grid {options.grid}: no picture has 4 such trails"
+        )
 
     def _deal(self, split: str, row: int) -> tuple[str, int]:
         """The kind of a row, and how many rows of that kind the split has before it."""
@@ -236,10 +175,12 @@ class _Asked:
 def _follow(layout: Layout, rng: random.Random, hops: int) -> _Asked | None:
     """Follow `hops` arrows; None if the picture has no start that gives a fair question.
 
-    Fair: no cell is visited twice, and the wrong choices are where other such trails of the same length end, as near to
-    the start and on cells of the same checkerboard colour as the right one, so that nothing but the arrows tells.
+    Fair: no cell is visited twice, and the wrong choices are where other such trails of the same length end,
+    as near to the start and on cells of the same checkerboard colour as the right one, so that nothing but
+    the arrows tells.
     """
-    trails = [path for path in (layout.path(start, hops) for start in range(layout.grid**2)) if _no_revisit(path)]
+    paths = [layout.path(start, hops) for start in range(layout.grid**2)]
+    trails = [path for path in paths if len(set(path)) == len(path)]
     ends = {path[-1] for path in trails}
     by_end: dict[int, list[tuple[int, list[int]]]] = {}
     for path in trails:
@@ -248,7 +189,8 @@ def _follow(layout: Layout, rng: random.Random, hops: int) -> _Asked | None:
             by_end.setdefault(path[-1], []).append((path[0], fair))
     if not by_end:
         return None
-    end = rng.choice(sorted(by_end))  # by end, not by start: else the flag with most arrows towards it is right too often
+    # By end, not by start: else the flag with the most arrows towards it is right too often.
+    end = rng.choice(sorted(by_end))
     start, fair = rng.choice(by_end[end])
     wrong = rng.sample([other for other in fair if other != end], CHOICES - 1)
     plural = "s" if hops > 1 else ""
@@ -267,17 +209,17 @@ def _look(layout: Layout, rng: random.Random, arrow: int) -> _Asked | None:
     if not cells:
         return None
     cell = rng.choice(cells)
-    wrong = [name for name in _ARROWS if name != _ARROWS[arrow]]
+    wrong = [name for name in ARROWS if name != ARROWS[arrow]]
     rng.shuffle(wrong)
     question = f"Which way does the {layout.name(cell)} flag point?"
-    return _Asked(question, _ARROWS[arrow], wrong, _sentences_ending_at(layout, cell, rng), 0)
+    return _Asked(question, ARROWS[arrow], wrong, _sentences_ending_at(layout, cell, rng), 0)
 
 
 def _neighbour(layout: Layout, rng: random.Random) -> _Asked:
     """Name the flag that one arrow points to, among the flags around it as far as there are enough."""
     cell = rng.randrange(layout.grid**2)
     right = layout.target(cell)
-    around = [other for other in _neighbours(layout.grid)[cell] if other not in (-1, right)]
+    around = [other for other in neighbours(layout.grid)[cell] if other not in (-1, right)]
     others = [other for other in range(layout.grid**2) if other not in (cell, right, *around)]
     wrong = [*around, *rng.sample(others, CHOICES - 1 - len(around))]
     rng.shuffle(wrong)
@@ -290,7 +232,7 @@ def _describe(layout: Layout, rng: random.Random) -> _Asked:
     """Name the flag at a place; the rationale describes the whole picture, a sentence for each row."""
     cell, *wrong = rng.sample(range(layout.grid**2), CHOICES)
     row, column = divmod(cell, layout.grid)
-    cells = [f"{layout.name(cell)} {_ARROWS[layout.arrows[cell]]}" for cell in range(layout.grid**2)]
+    cells = [f"{layout.name(cell)} {ARROWS[layout.arrows[cell]]}" for cell in range(layout.grid**2)]
     rows = [", ".join(cells[start : start + layout.grid]) for start in range(0, len(cells), layout.grid)]
     question = f"Which flag is in row {row + 1}, column {column + 1}?"
     return _Asked(question, layout.name(cell), [layout.name(other) for other in wrong], _sentences(rows), 0)
@@ -306,36 +248,10 @@ def _sentences_ending_at(layout: Layout, last: int, rng: random.Random) -> str:
     return _sentences([layout.sentence(cell) for cell in (*cells, last)])
 
 
-def _no_revisit(path: list[int]) -> bool:
-    return len(set(path)) == len(path)
-
-
 def _reachable(grid: int, start: int, end: int, hops: int) -> bool:
     """Whether some trail of `hops` arrows could lead from start to end, for all that their places tell."""
     distance = abs(start // grid - end // grid) + abs(start % grid - end % grid)
     return distance <= hops and distance % 2 == hops % 2
-
-
-@functools.cache
-def _flag_pairs(colours: int) -> list[tuple[int, int]]:
-    return [(left, right) for left in range(colours) for right in range(colours) if left != right]
-
-
-@functools.cache
-def _neighbours(grid: int) -> list[tuple[int, ...]]:
-    """For each cell the cell in each direction, -1 where that is outside."""
-    table = []
-    for cell in range(grid**2):
-        places = [(cell // grid + down, cell % grid + right) for down, right in DIRECTIONS.values()]
-        inside = [0 <= row < grid and 0 <= column < grid for row, column in places]
-        table.append(tuple(row * grid + column if ok else -1 for (row, column), ok in zip(places, inside, strict=True)))
-    return table
-
-
-@functools.cache
-def _allowed_arrows(grid: int) -> list[list[int]]:
-    """For each cell the directions that stay inside."""
-    return [[arrow for arrow, cell in enumerate(cells) if cell >= 0] for cells in _neighbours(grid)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -343,20 +259,3 @@ def _shuffled_deck(options: TrailsOptions, split: str, number: int) -> list[str]
     deck = options.deck()
     random.Random(f"trails deck {options.seed} {split} {number}").shuffle(deck)
     return deck
-
-
-@functools.cache
-def _tile(left: int, right: int, arrow: int, size: int) -> np.ndarray:
-    """One flag as palette positions, (size, size) uint8: two halves, a thin frame, a white arrow with a black edge."""
-    tile = Image.new("L", (size, size), left)
-    draw = ImageDraw.Draw(tile)
-    draw.rectangle((size // 2, 0, size, size), fill=right)
-    draw.rectangle((0, 0, size - 1, size - 1), outline=_BLACK)
-    down, across = DIRECTIONS[_ARROWS[arrow]]
-    # The arrow in a frame where it points along x, both axes from -1 to 1.
-    points = [(-0.75, -0.2), (0.05, -0.2), (0.05, -0.6), (0.75, 0), (0.05, 0.6), (0.05, 0.2), (-0.75, 0.2)]
-    centre = (size - 1) / 2
-    turned = [(x * across - y * down, x * down + y * across) for x, y in points]
-    outline = [(centre * (1 + x), centre * (1 + y)) for x, y in turned]
-    draw.polygon(outline, fill=_WHITE, outline=_BLACK, width=max(1, size // 16))
-    return np.asarray(tile)

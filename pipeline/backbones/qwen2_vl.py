@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.batch import Batch, RowFormat
@@ -88,6 +88,12 @@ class Qwen2VL(nn.Module):
         )
         return Qwen2VLForConditionalGeneration(config)
 
+    @staticmethod
+    def hidden_size(path: str | Path, revision: str | None = None) -> int:
+        """Width of the language model, from the config alone."""
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return config.get_text_config().hidden_size
+
     # ---- what the latent forward calls ------------------------------------------------------------------------
     @property
     def core(self) -> Qwen2VLForConditionalGeneration:
@@ -97,6 +103,10 @@ class Qwen2VL(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         return self.core.model.language_model
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.core.model.visual
 
     @property
     def sliding_window(self) -> int | None:

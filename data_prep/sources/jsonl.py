@@ -1,0 +1,167 @@
+"""Your own questions: one JSON object a line.
+
+`--input FILE.jsonl`, each line with its split, or `--input FOLDER` with train.jsonl, val.jsonl, test.jsonl.
+
+    {"id": "q1", "image": "pictures/q1.jpg", "question": "What is in the bowl?",
+     "choices": ["figs", "nuts"], "answer": "B", "rationale": "They are small. They have shells.",
+     "split": "train", "topic": "kitchen"}
+
+    id          text or number, unique in its split
+    image       optional: file, relative to the JSON file's folder and inside it; jpg, png, webp, gif or bmp
+    question    text
+    choices     two texts or more
+    answer      letter ("B") or 0-based index (1)
+    rationale   text; may be empty
+    context     optional text
+    split       optional: train (if absent), val or test; in the folder form it must be the file's
+    others      text, number or true/false: a field that results can be broken down by
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.example import Example, InvalidExample
+from data_prep.sources import SPLITS, Rejected, answer_index, text
+
+_KEYS = {"id", "image", "question", "choices", "answer", "rationale", "context", "split"}
+
+
+class JsonLines:
+    """The source; a split's rows are its lines in file order. Only the lines' places are kept in memory."""
+
+    name = "jsonl"
+
+    def __init__(self, files: dict[str | None, Path]) -> None:
+        """`files` by split; None stands for a file whose lines tell their split."""
+        self._lines: dict[str, _Lines] = {}
+        for split, path in files.items():
+            self._scan(split, path)
+
+    def _scan(self, split: str | None, path: Path) -> None:
+        start = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    place = self._lines.setdefault(split or _told_split(line), _Lines(path, split is None))
+                    place.starts.append(start)
+                    place.numbers.append(number)
+                start += len(line)
+
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if split in self._lines]
+
+    def rows(self, split: str) -> int:
+        return len(self._lines[split].starts)
+
+    def example(self, split: str, row: int) -> Example:
+        lines = self._lines[split]
+        id = f"{lines.path.name}:{lines.numbers[row]}"
+        with open(lines.path, "rb") as file:
+            file.seek(lines.starts[row])
+            line = file.readline()
+        try:
+            content = _parse(line)
+            id = str(content.get("id", id))
+            told = content.get("split", "train" if lines.tell_split else split)
+            if told != split:
+                raise InvalidExample(f"wrong split: {told!r}")
+            return self._example(split, content, lines.path.parent)
+        except InvalidExample as error:
+            raise Rejected(id, str(error)) from error
+
+    def _example(self, split: str, content: dict[str, Any], folder: Path) -> Example:
+        choices = content.get("choices")
+        if not isinstance(choices, list):
+            raise InvalidExample("choices not a list")
+        return Example(
+            id=str(content.get("id", "")), dataset=self.name, split=split,
+            question=text(content.get("question")), choices=tuple(choices),
+            answer=answer_index(content.get("answer")), rationale=text(content.get("rationale")),
+            context=text(content.get("context")), image=_read_image(folder, content.get("image")),
+            fields=_fields(content),
+        )  # fmt: skip
+
+
+class _Lines:
+    """Where the lines of a split are."""
+
+    def __init__(self, path: Path, tell_split: bool) -> None:
+        self.path, self.tell_split = path, tell_split
+        self.starts, self.numbers = array("q"), array("q")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidExample(f"not a line of JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidExample("not a JSON object")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _told_split(line: bytes) -> str:
+    """The split that a line names; a line that names no right one is a row of train, to be rejected there."""
+    try:
+        told = _parse(line).get("split", "train")
+    except InvalidExample:
+        return "train"
+    return told if told in SPLITS else "train"
+
+
+def _read_image(folder: Path, name: Any) -> bytes | None:
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise InvalidExample("image not a file name")
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if os.path.commonpath([root, path]) != root:
+        raise InvalidExample(f"image outside the folder: {name}")
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InvalidExample(f"image file cannot be read: {name}, {error}") from error
+
+
+def _fields(content: dict[str, Any]) -> dict[str, str]:
+    fields = {}
+    for name, value in content.items():
+        if name in _KEYS or value is None:
+            continue
+        if not isinstance(value, str | int | float):
+            raise InvalidExample(f"field {name!r} neither text nor number")
+        fields[name] = str(value)
+    return fields
+
+
+def open_table(input: str | None) -> JsonLines:
+    """Open a file or a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if input is None:
+        raise UserError("--input is missing: the source jsonl reads a file or a folder of your own")
+    path = Path(input).expanduser()
+    files: dict[str | None, Path] = {None: path}
+    if path.is_dir():
+        files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+    if not files or not all(file.is_file() for file in files.values()):
+        raise UserError(
+            f"--input {input}: no such file, nor a folder with train.jsonl, val.jsonl or test.jsonl"
+        )
+    try:
+        return JsonLines(files)
+    except OSError as error:
+        raise UserError(f"--input {input}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,126 @@
+"""ScienceQA, in both layouts that it is passed on in.
+
+- parquet: hub id derek-thomas/ScienceQA, or its files in a folder. Rows have no id: `SPLIT-ROW` is used.
+- original: a folder with problems.json, pid_splits.json and images/SPLIT/ID/image.png, or a problems file.
+  Without pid_splits.json each problem's own `split` counts.
+
+The rationale is lecture + " " + solution, the context is the hint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import UserError
+from data_prep.example import Example, InvalidExample
+from data_prep.sources import SPLITS, Rejected, Source, answer_index, text
+from data_prep.sources.parquet import image_bytes, load_tables
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+HUB_ID = "derek-thomas/ScienceQA"
+FIELDS = ("subject", "grade", "topic", "category", "skill", "task")
+COLUMNS = ("image", "question", "choices", "answer", "hint", "lecture", "solution", *FIELDS)
+
+
+def _example(id: str, split: str, problem: dict[str, Any], image: Any) -> Example:
+    try:
+        return Example(
+            id=id, dataset="scienceqa", split=split,
+            question=text(problem.get("question")), choices=tuple(problem.get("choices") or ()),
+            answer=answer_index(problem.get("answer")),
+            rationale=f"{text(problem.get('lecture'))} {text(problem.get('solution'))}".strip(),
+            context=text(problem.get("hint")), image=image,
+            fields={name: str(text(problem.get(name))) for name in FIELDS},
+        )  # fmt: skip
+    except InvalidExample as error:
+        raise Rejected(id, str(error)) from error
+
+
+class ScienceQAParquet:
+    """The source in the parquet layout."""
+
+    name = "scienceqa"
+
+    def __init__(self, tables: dict[str, Dataset]) -> None:
+        self._tables = tables
+
+    def splits(self) -> list[str]:
+        return list(self._tables)
+
+    def rows(self, split: str) -> int:
+        return len(self._tables[split])
+
+    def example(self, split: str, row: int) -> Example:
+        problem = self._tables[split][row]
+        return _example(f"{split}-{row}", split, problem, image_bytes(problem["image"]))
+
+
+class ScienceQAProblems:
+    """The source in the original layout; rows are in the order of pid_splits.json, else of the problems."""
+
+    name = "scienceqa"
+
+    def __init__(self, problems: dict[str, dict[str, Any]], ids: dict[str, list[str]], images: Path) -> None:
+        self._problems, self._ids, self._images = problems, ids, images
+
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if self._ids.get(split)]
+
+    def rows(self, split: str) -> int:
+        return len(self._ids[split])
+
+    def example(self, split: str, row: int) -> Example:
+        id = self._ids[split][row]
+        if id not in self._problems:
+            raise Rejected(id, "in pid_splits.json but not in the problems")
+        problem = self._problems[id]
+        image = None
+        if name := problem.get("image"):
+            path = self._images / split / id / Path(name).name
+            try:
+                image = path.read_bytes()
+            except OSError as error:
+                raise Rejected(id, f"image file cannot be read: {path.name}, {error.strerror}") from error
+        return _example(id, split, problem, image)
+
+
+def open_table(input: str | None) -> Source:
+    """Open a hub id, a folder of either layout, or a problems file.
+
+    Raises:
+        UserError: none of these, or unreadable.
+    """
+    path = Path(input or HUB_ID).expanduser()
+    problems_file = path / "problems.json" if path.is_dir() else path
+    if problems_file.is_file():
+        return _open_problems(problems_file)
+    return ScienceQAParquet(load_tables(input or HUB_ID, COLUMNS))
+
+
+def _open_problems(path: Path) -> ScienceQAProblems:
+    problems = _read_json(path)
+    if not isinstance(problems, dict) or not all(isinstance(problem, dict) for problem in problems.values()):
+        raise UserError(f"--input {path}: expected one JSON object of problems by id")
+    splits_file = path.parent / "pid_splits.json"
+    if splits_file.is_file():
+        ids = {split: [str(id) for id in found] for split, found in _read_json(splits_file).items()}
+    else:
+        ids = {}
+        for id, problem in problems.items():
+            ids.setdefault(problem.get("split", "train"), []).append(id)
+        if strangers := sorted(set(map(str, ids)) - set(SPLITS)):
+            raise UserError(
+                f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}"
+            )
+    return ScienceQAProblems(problems, ids, path.parent / "images")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--input {path}: cannot be read as JSON ({error})") from None

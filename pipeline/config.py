@@ -1,0 +1,280 @@
+"""The typed run configuration: defaults <- recipe file <- command line, and every check, all problems at once.
+
+Nothing here builds a model or a process group; what is wrong is said before any long work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.cli import unknown_options
+from data_prep.errors import UserError
+from pipeline.curriculum import CurriculumConfig
+from pipeline.latent.forward import LatentConfig
+from pipeline.prompt import PromptConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_RECIPE = ROOT / "recipes" / "demo.yaml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScratchConfig(Section):
+    """Shape of a model trained from scratch; its tokenizer is trained on the data."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(4, ge=1)
+    vision_layers: int = Field(1, ge=1)
+    vision_size: int = 64
+    vision_heads: int = 2
+    vocab_size: int = Field(2000, ge=300)
+    """Most entries of the tokenizer that is trained."""
+    initializer_range: float = 0.02
+    tie_embeddings: bool = True
+
+
+class LoraConfig(Section):
+    """LoRA on the language model's projections (published: these values)."""
+
+    r: int = Field(64, ge=1)
+    alpha: int = 16
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    """Module names inside the language model."""
+    export: Literal["merged", "adapter"] = "merged"
+    """Export one merged model, or the adapter beside its base's name."""
+
+
+class ModelConfig(Section):
+    """Which model, and what of it is trained."""
+
+    backbone: Literal["qwen2_vl"] = "qwen2_vl"
+    path: str | None = None
+    """Local folder or hub id of a pretrained model; none with `scratch`."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    scratch: ScratchConfig | None = None
+    """Train this shape from random weights instead."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    lora: LoraConfig | None = None
+    """None trains all parameters that are not frozen."""
+    freeze_vision: bool = False
+    """Keep the vision tower as it is."""
+    checkpointing: bool = True
+    """Recompute layers in backward instead of keeping their activations."""
+
+
+class DataConfig(Section):
+    """Where rows come from and how they are read."""
+
+    path: str | None = None
+    """Shard folder made by data_prep.shard (also --data)."""
+    source: Literal["m3cot", "scienceqa", "jsonl", "trails"] | None = None
+    """Make the folder from this source when it does not exist."""
+    options: dict[str, str | int | float] = {}
+    """That source's own options."""
+    workers: int = Field(1, ge=0)
+    """Processes a rank that decode and tokenise; 0 does it in the training process."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """What becomes of an epoch's last, incomplete batch."""
+    max_bad: int = Field(100, ge=0)
+    """Stop when more samples than this could not be used."""
+
+
+class OptimConfig(Section):
+    """AdamW and what is done to its gradients."""
+
+    lr: float = Field(4e-5, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or a cosine down to 5% at the end of the last stage."""
+    warmup_steps: int = Field(0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    decay_vectors: bool = False
+    """Decay norms and biases too (published: true)."""
+    clip: float = Field(0.7, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    loss_norm: Literal["global", "micro_batch"] = "global"
+    """Mean over all labelled tokens of the step, or of each micro-batch (published)."""
+
+
+class TrainConfig(Section):
+    """Batch, cadences and reproducibility."""
+
+    global_batch: int = Field(64, ge=1)
+    """Rows of an optimizer step over all ranks: what is kept when the number of ranks changes."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows that one rank computes at once; none: as `global_batch` and `accumulation` say, or its whole share."""
+    accumulation: int | None = Field(None, ge=1)
+    """Micro-batches of a step on one rank; none: as the others say."""
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(200, ge=0)
+    """Steps between checkpoints inside a stage; 0: stage ends only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of them are kept besides stage ends and the best."""
+    validate_every: int = Field(200, ge=0)
+    """Steps between validations; 0: stage ends only."""
+    val_samples: int = Field(64, ge=0)
+    """Rows of the fixed validation subset; 0 does not validate."""
+    val_batch: int = Field(16, ge=1)
+    """Rows that one rank decodes at once."""
+    log_every: int = Field(10, ge=1)
+    export: Literal["stages", "last", "none"] = "stages"
+    """Which stage ends are exported to Hugging Face format."""
+
+
+class EvalConfig(Section):
+    """Decoding of validation and evaluation."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    """Generated tokens of one answer (published: 512)."""
+    batch: int = Field(16, ge=1)
+    """Questions decoded at once by pipeline.evaluate."""
+    timed: int = Field(16, ge=0)
+    """Questions answered one by one for seconds a question."""
+
+
+class RunConfig(Section):
+    """Everything about a run that is not the machine it runs on."""
+
+    name: str = "run"
+    """Names the default run folder, runs/NAME."""
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    latent: LatentConfig = LatentConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def dump(self) -> str:
+        """As YAML that is itself a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, annotation) of every field, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name, info.annotation
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from field_names(kind, f"{prefix}{name}.")
+
+
+def load_config(recipe: Path | None, overrides: Mapping[str, str]) -> RunConfig:
+    """Defaults <- recipe <- overrides (dotted name -> text).
+
+    Raises UserError naming every unknown key (with the nearest right name) and every bad value.
+    """
+    values = read_recipe(recipe) if recipe else {}
+    known = dict(field_names())
+    if problems := unknown_options(overrides, known):
+        raise UserError(*problems)
+    for name, text in overrides.items():
+        place = values
+        *sections, last = name.split(".")
+        for section in sections:
+            inner = place.get(section)
+            place[section] = place = dict(inner) if isinstance(inner, dict) else {}
+        place[last] = _value(text, known[name])
+    return validate(values, str(recipe or "defaults"))
+
+
+def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """Typed config of nested values.  Raises UserError with one line for each problem."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        known = dict(field_names())
+        raise UserError(*(f"{origin}: {_explain(problem, known)}" for problem in error.errors())) from None
+    if problems := list(inconsistencies(config)):
+        raise UserError(*(f"{origin}: {line}" for line in problems))
+    return config
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe file's nested values.  Raises UserError where it is missing or not YAML of a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: expected sections such as `train:`")
+    return values
+
+
+def inconsistencies(config: RunConfig) -> Iterator[str]:
+    """What is wrong between fields, one line each."""
+    model, train = config.model, config.train
+    if (model.path is None) == (model.scratch is None):
+        yield "give either model.path or model.scratch"
+    if scratch := model.scratch:
+        if scratch.hidden_size % scratch.heads or (scratch.hidden_size // scratch.heads) % 16:
+            yield "model.scratch: hidden_size / heads must be a multiple of 16 (rotary sections)"
+        if scratch.heads % scratch.kv_heads:
+            yield "model.scratch: heads must be a multiple of kv_heads"
+        if scratch.vision_size % scratch.vision_heads or (scratch.vision_size // scratch.vision_heads) % 4:
+            yield "model.scratch: vision_size / vision_heads must be a multiple of 4"
+    if model.scratch and model.lora:
+        yield "model.lora: nothing would train the random base of model.scratch"
+    if train.micro_batch and train.micro_batch > train.global_batch:
+        yield f"train.micro_batch {train.micro_batch} is larger than train.global_batch {train.global_batch}"
+    if config.data.path is None and config.data.source is None:
+        yield "no data: give --data DIR, or data.source to make one"
+    stages = config.curriculum.stages
+    if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.num_patches + 1):
+        yield "prompt.max_tokens leaves no room besides the latent columns"
+
+
+def load_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.  Raises UserError with one line where it cannot be had."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{what} {path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path}: expected an object")
+    return value
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """An option's text as YAML reads it, but text where text is wanted."""
+    kinds = get_args(annotation) or (annotation,)
+    if str in kinds:
+        return None if type(None) in kinds and text.lower() in ("none", "null") else text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return None if text.lower() == "none" else value
+
+
+def _explain(problem: Any, known: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1)
+        return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{name}: {message}{shown}" if name else message

@@ -1,0 +1,83 @@
+"""Which reasoning steps a sample shows, and how many latent steps replace the rest: (stage, sample) -> view.
+
+Splitting and merging rationales happens here, at training, so one set of shards serves every curriculum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_prep.steps import merge_steps, split_steps
+
+FRACTION = Annotated[float, Field(ge=0, le=1)]
+
+
+class StageConfig(BaseModel):
+    """One stage of the curriculum (method: `schedule`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latents: int = Field(ge=0)
+    """n: latent steps of every row."""
+    skip: int = Field(ge=0)
+    """Explicit steps left out, from the first on."""
+    epochs: float | None = Field(None, gt=0)
+    """Length in passes over the training split."""
+    steps: int | None = Field(None, gt=0)
+    """Length in optimizer steps, in place of epochs."""
+    where: dict[str, list[str]] = {}
+    """Train on rows whose breakdown fields have one of these values; empty: on all."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> StageConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+def published_schedule() -> list[StageConfig]:
+    return [StageConfig(latents=n, skip=n, epochs=4) for n in range(4)]
+
+
+class CurriculumConfig(BaseModel):
+    """Stages, and how rationales become steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stages: list[StageConfig] = Field(default_factory=published_schedule, min_length=1)
+    """In order; each starts from the end of the one before it."""
+    groups: int = Field(3, ge=1)
+    """A rationale of more steps than this is merged to so many consecutive groups."""
+    mix: FRACTION = 0.0
+    """Share of rows that take a random earlier stage (Coconut's uniform_prob)."""
+    reset_optimizer: bool = False
+    """Start each stage with a fresh optimizer (Coconut) instead of one throughout (published)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sample looks like at a stage."""
+
+    latents: int
+    steps: list[str]
+    """Explicit steps that remain."""
+
+
+def view(rationale: str, stage: StageConfig, groups: int) -> View:
+    """The view of a rationale at `stage`; n latents are used even where it has fewer steps."""
+    return View(stage.latents, merge_steps(split_steps(rationale), groups)[stage.skip :])
+
+
+def stage_of_row(config: CurriculumConfig, stage: int, seed: int, epoch: int, sample: int) -> int:
+    """The stage a sample is shown at in an epoch of `stage`: itself, or with `mix` an earlier one.
+
+    A pure function of its arguments, so that it depends on neither rank, worker nor resume.
+    """
+    if not config.mix or not stage:
+        return stage
+    rng = np.random.Generator(np.random.Philox(key=[seed, (stage << 32) | epoch], counter=[0, 0, 0, sample]))
+    return int(rng.integers(stage)) if rng.random() < config.mix else stage

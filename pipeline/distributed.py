@@ -1,0 +1,90 @@
+"""Ranks: who this process is, and the few things ranks agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for rank 0 to prepare data or a base model."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them, from the environment that its launcher set."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """RANK, LOCAL_RANK and WORLD_SIZE (deepspeed, torchrun), or SLURM's own variables inside `srun`."""
+        env = os.environ
+        if "RANK" not in env and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+            env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+        rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        return cls(rank, int(env.get("LOCAL_RANK", 0)), size)
+
+
+def start(world: World) -> torch.device:
+    """Create the process group and return this rank's device."""
+    if world.size == 1:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(world.local_rank)
+    backend = accelerator.communication_backend_name()
+    # DeepSpeed's CPU backend names oneCCL, which needs its own packages; gloo comes with torch
+    deepspeed.init_distributed(
+        dist_backend="gloo" if accelerator.device_name() == "cpu" else backend,
+        timeout=TIMEOUT,
+        verbose=False,
+    )
+    return torch.device(accelerator.current_device_name())
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all ranks, in fp64: one small collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def from_main(value: object) -> object:
+    """Rank 0's value on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: object) -> list[object]:
+    """Every rank's value, on every rank."""
+    box: list[object] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box

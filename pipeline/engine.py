@@ -1,0 +1,214 @@
+"""DeepSpeed: the config with its `auto` values filled, the model built under ZeRO, and the update's knobs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from data_prep.errors import UserError
+from pipeline.backbones import BACKBONES
+from pipeline.config import OptimConfig, RunConfig, TrainConfig, load_json
+from pipeline.model import LatentModel, add_lora, decay_groups, resolve_dtype
+
+LATENT_TOKEN = "<|latent|>"
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """global batch = what is kept; micro-batch x accumulation x ranks covers it."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world: int
+
+    def __str__(self) -> str:
+        slots = self.micro_batch * self.accumulation * self.world
+        empty = f", {slots - self.global_batch} slots masked" if slots > self.global_batch else ""
+        return (
+            f"{self.global_batch} rows a step = {self.world} ranks x {self.accumulation} micro-batches"
+            f" x {self.micro_batch} rows{empty}"
+        )
+
+
+def batch_triangle(train: TrainConfig, world: int, ds: dict[str, Any]) -> Triangle:
+    """Fill in what is not given; explicit values of the recipe and the DeepSpeed file must agree.
+
+    A world that does not divide the global batch is fine: short ranks get masked rows.
+    Raises UserError with one line for each disagreement.
+    """
+    problems = []
+
+    def explicit(ours: int | None, name: str, key: str) -> int | None:
+        theirs = ds.get(key, "auto")
+        if theirs == "auto":
+            return ours
+        if ours is not None and theirs != ours:
+            problems.append(f"{name} is {ours} but {key} in the DeepSpeed file is {theirs}")
+        return int(theirs)
+
+    given = train.global_batch if "global_batch" in train.model_fields_set else None
+    total = explicit(given, "train.global_batch", "train_batch_size") or train.global_batch
+    micro = explicit(train.micro_batch, "train.micro_batch", "train_micro_batch_size_per_gpu")
+    accumulation = explicit(train.accumulation, "train.accumulation", "gradient_accumulation_steps")
+    share = -(-total // world)
+    if micro is None:
+        micro = -(-share // (accumulation or 1))
+    if accumulation is None:
+        accumulation = -(-share // micro)
+    elif -(-share // micro) != accumulation:
+        problems.append(
+            f"micro-batch {micro} x accumulation {accumulation} x {world} ranks"
+            f" = {micro * accumulation * world} does not fit the global batch of {total}"
+        )
+    if problems:
+        raise UserError(*problems)
+    return Triangle(total, micro, accumulation, world)
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """The DeepSpeed file.  Raises UserError where it is not one this pipeline can run."""
+    ds = load_json(path, "DeepSpeed config")
+    stage = ds.get("zero_optimization", {}).get("stage")
+    problems = []
+    if stage not in (1, 2, 3):
+        problems.append(f"{path}: zero_optimization.stage is {stage}, expected 1, 2 or 3")
+    if "optimizer" in ds or "scheduler" in ds:
+        problems.append(f"{path}: optimizer and scheduler belong to the recipe's `optim` section")
+    if problems:
+        raise UserError(*problems)
+    return ds
+
+
+def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden: int, bf16: bool) -> dict[str, Any]:
+    """The DeepSpeed config with every `auto` replaced; hidden: the language model's width."""
+    gpu = torch.cuda.is_available()
+    values: dict[str, Any] = {
+        "train_batch_size": triangle.micro_batch * triangle.accumulation * triangle.world,
+        "train_micro_batch_size_per_gpu": triangle.micro_batch,
+        "gradient_accumulation_steps": triangle.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16.enabled": bf16,
+        "zero_optimization.overlap_comm": gpu,
+        "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+        "zero_optimization.offload_optimizer.pin_memory": gpu,
+        "zero_optimization.offload_param.pin_memory": gpu,
+    }
+
+    def fill(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out = {}
+        for key, value in node.items():
+            name = prefix + key
+            if isinstance(value, dict):
+                out[key] = fill(value, name + ".")
+            elif value == "auto":
+                if name not in values:
+                    raise UserError(f"DeepSpeed config: {name} cannot be auto")
+                out[key] = values[name]
+            else:
+                out[key] = value
+        return out
+
+    # the global batch is ours: DeepSpeed's own triangle counts slots
+    filled = fill(ds | {"train_batch_size": "auto"} | {"steps_per_print": 10**9}, "")
+    if filled.get("bf16", {}).get("enabled", False) != bf16 and "fp16" not in filled:
+        raise UserError(f"bf16.enabled in the DeepSpeed file disagrees with model.dtype {config.model.dtype}")
+    return filled
+
+
+def build_engine(
+    config: RunConfig, ds: dict[str, Any], base: Path | str, triangle: Triangle, tokenizer: Any, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """The model of folder or hub id `base` under DeepSpeed; the process group must exist.
+
+    ZeRO-3 partitions parameters as they are created, so no rank ever holds the whole model.
+    """
+    model = config.model
+    family = BACKBONES[model.backbone]
+    dtype = resolve_dtype(model.dtype, device)
+    ds = fill_auto(ds, triangle, config, family.hidden_size(base, model.revision), dtype is torch.bfloat16)
+    # transformers looks this object up while it lives, and partitions what it builds
+    hf_config = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+    torch.manual_seed(config.train.seed)
+    vlm = family.load(base, dtype, model.revision)
+    add_latent_token(vlm, tokenizer)
+    if model.freeze_vision:
+        family(vlm).vision.requires_grad_(False)
+    if model.lora:
+        vlm = add_lora(vlm, model)
+    if model.checkpointing:
+        vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = LatentModel(family(vlm), config.latent)
+    groups = decay_groups(module, config.optim.weight_decay, config.optim.decay_vectors)
+    o = config.optim
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
+    engine.hf_config = hf_config
+    return engine
+
+
+def add_latent_token(vlm: nn.Module, tokenizer: Any) -> None:
+    """Give the tokenizer the latent token, and the model a row for it: the mean of the rows in use.
+
+    A padded vocabulary (Qwen2-VL-7B: 152,064 rows for fewer tokens) is used as it is and never shrinks.
+    """
+    used = len(tokenizer)
+    if not tokenizer.add_tokens([LATENT_TOKEN], special_tokens=True):
+        return
+    row = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+    rows = vlm.get_input_embeddings().num_embeddings
+    if row >= rows:
+        vlm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    weights = {id(w): w for w in (vlm.get_input_embeddings().weight, vlm.get_output_embeddings().weight)}
+    for weight in weights.values():
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
+            if weight.shape[0] > row:  # gathered here
+                # rows that a resize added are set too; those of a padded vocabulary stay as they came
+                new = slice(rows, None) if row >= rows else slice(row, row + 1)
+                weight[new] = weight[:used].float().mean(0).to(weight.dtype)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Rate of a step: a pure function, so that resuming needs no scheduler state."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "constant":
+        return config.lr * warm
+    done = min(1.0, step / max(1, steps))
+    return config.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: OptimConfig, lr: float) -> None:
+    """Set every group's rate and decay for the coming step.
+
+    A stage-3 load copies the first group's values to all, so both are set at each step from the config.
+    """
+    groups = engine.optimizer.param_groups
+    decays = [config.weight_decay, 0.0] if len(groups) > 1 else [groups[0]["weight_decay"]]
+    for group, decay in zip(groups, decays, strict=True):
+        group["lr"], group["weight_decay"] = lr, decay
+
+
+def reset_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget AdamW's moments and step count (Coconut does so at each stage)."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner.state.clear()
+
+
+def loss_scale(loss_norm: str, labels_here: int, labels_everywhere: int, triangle: Triangle) -> float:
+    """What a micro-batch's sum of NLL is multiplied by before backward.
+
+    DeepSpeed then averages over ranks and accumulation steps.  `global`: the result is the mean over all labelled
+    tokens of the step, whatever the number of ranks.  `micro_batch`: a mean of micro-batch means.
+    """
+    if loss_norm == "micro_batch":
+        return 1.0 / max(1, labels_here)
+    return triangle.world * triangle.accumulation / max(1, labels_everywhere)

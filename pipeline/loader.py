@@ -1,0 +1,121 @@
+"""Order + shards -> a rank's micro-batches of every step, decoded and tokenised in worker processes.
+
+The loader holds no position: it is asked for steps from a given one on, so resuming costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.index import BadSample, ShardIndex
+from pipeline.batch import Batch, Row, collate, masked_row
+from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
+from pipeline.order import EMPTY, EpochOrder, rank_share
+from pipeline.prompt import RowBuilder, UnusableSample
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch this rank computes."""
+
+    rank: int
+    world: int
+    global_batch: int
+    micro_batch: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step, the same on every rank."""
+        return -(-(-(-self.global_batch // self.world)) // self.micro_batch)
+
+
+class StageSteps(Dataset):
+    """Map-style: step of a stage -> this rank's micro-batches.  A pure function of its arguments."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        builder: RowBuilder,
+        curriculum: CurriculumConfig,
+        stage: int,
+        share: Share,
+        seed: int,
+        last_batch: str,
+    ) -> None:
+        self.index, self.builder, self.curriculum = index, builder, curriculum
+        self.stage, self.share, self.seed = stage, share, seed
+        self.passes = curriculum.stages[stage].latents
+        if curriculum.mix:
+            self.passes = max(s.latents for s in curriculum.stages[: stage + 1])
+        samples, batch = len(index), share.global_batch
+        self.steps_per_epoch = samples // batch if last_batch == "drop" else -(-samples // batch)
+        self._epoch: tuple[int, EpochOrder] | None = None
+
+    def __len__(self) -> int:
+        """Steps of the stage."""
+        config = self.curriculum.stages[self.stage]
+        return config.steps or max(1, round((config.epochs or 0) * self.steps_per_epoch))
+
+    def samples(self, step: int) -> tuple[int, np.ndarray]:
+        """(epoch, sample indices of the global batch) of a step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, EpochOrder(self.index.shard_sizes, self.seed, self.stage, epoch))
+        return epoch, self._epoch[1].take(batch * self.share.global_batch, self.share.global_batch)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        epoch, samples = self.samples(step)
+        share = self.share
+        micro = rank_share(samples, share.rank, share.world, share.micro_batch)
+        return [self._collate([self._row(int(i), epoch) for i in rows]) for rows in micro]
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        return collate(rows, self.builder.processor.row_format, self.passes)
+
+    def _row(self, sample: int, epoch: int) -> Row:
+        stage = self.curriculum.stages[stage_of_row(self.curriculum, self.stage, self.seed, epoch, sample)]
+        return training_row(self.index, self.builder, sample, stage, self.curriculum.groups)
+
+
+def training_row(index: ShardIndex, builder: RowBuilder, sample: int, stage: StageConfig, groups: int) -> Row:
+    """The row of a sample as `stage` shows it; a masked row, saying why, for one that cannot be used."""
+    if sample == EMPTY:
+        return masked_row(builder.processor.row_format)
+    try:
+        example = index.read(sample)
+        shown = view(example.rationale, stage, groups)
+        return builder.row(example, index.key(sample), sample, shown.latents, shown.steps)
+    except (BadSample, UnusableSample) as error:
+        reason = error.reason if isinstance(error, BadSample) else str(error)
+        return masked_row(builder.processor.row_format, index.key(sample), reason)
+
+
+def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[Batch]]:
+    """Micro-batches of steps `start`, `start+1`, ... of the stage, in order, whatever the number of workers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(start, len(dataset)),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
+    )
+
+
+def validation_batches(
+    index: ShardIndex, builder: RowBuilder, stage: StageConfig, groups: int, count: int, share: Share, seed: int
+) -> list[Batch]:
+    """This rank's batches of the fixed validation subset: the same rows at every validation of every stage."""
+    chosen = EpochOrder(index.shard_sizes, seed, 0, 0).take(0, min(count, len(index)))
+    batches = []
+    for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
+        built = [training_row(index, builder, int(i), stage, groups) for i in rows]
+        batches.append(collate(built, builder.processor.row_format, stage.latents))
+    return batches

@@ -1,0 +1,59 @@
+"""The trained module: a backbone, the latent forward over a batch, and the loss as sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones import BACKBONES
+from pipeline.batch import Batch
+from pipeline.config import ModelConfig
+from pipeline.latent.forward import LatentConfig, latent_forward
+from pipeline.loss import token_nll
+
+
+class LatentModel(nn.Module):
+    """What DeepSpeed wraps: one call is all passes of a micro-batch."""
+
+    def __init__(self, backbone: nn.Module, latent: LatentConfig) -> None:
+        super().__init__()
+        self.backbone, self.latent = backbone, latent
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(sum of NLL over labelled tokens, monitoring sums)."""
+        trace = latent_forward(self.backbone, batch, self.latent)
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
+        with torch.no_grad():
+            return nll.sum(), trace.statistics(batch)
+
+
+def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:
+    """Wrap `vlm` with LoRA on the language model's projections; everything else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    assert config.lora is not None
+    scope = BACKBONES[config.backbone].LORA_SCOPE.format(names="|".join(config.lora.targets))
+    lora = LoraConfig(
+        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=scope
+    )
+    return get_peft_model(vlm, lora)
+
+
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """The parameters' type: `auto` is bf16 on a GPU that has it, else fp32."""
+    if name == "auto":
+        on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def decay_groups(model: nn.Module, weight_decay: float, decay_vectors: bool) -> list[dict]:
+    """Two parameter groups for AdamW: decayed (matrices) and not (norms, biases); empty ones are left out."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 keeps a partitioned parameter's own shape aside
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) > 1 or decay_vectors else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from data_prep import cli
+from data_prep.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--date", "2025_07_01"], {"date": "2025_07_01"}),
+        (["--text", "1, 2"], {"text": "1, 2"}),
+        (["--rate=1e-4"], {"rate": "1e-4"}),
+        (["--offset", "-3"], {"offset": "-3"}),
+        (["--latent.num_patches", "8", "--a.b=8"], {"latent.num_patches": "8", "a.b": "8"}),
+        (["--samples-per-shard", "5"], {"samples_per_shard": "5"}),
+        (["--flag", "--other", "x"], {"flag": "True", "other": "x"}),
+        (["--notes"], {"notes": "True"}),
+        (["--trace", "--blank", "\n"], {"trace": "True", "blank": "\n"}),
+        (["--equation", "a=b"], {"equation": "a=b"}),
+        (["--equation=a=b"], {"equation": "a=b"}),
+        (["--input", "-"], {"input": "-"}),
+        (["--empty", ""], {"empty": ""}),
+        (["--text=--quoted words"], {"text": "--quoted words"}),
+        (["--text", "line\nline"], {"text": "line\nline"}),
+        (["--name", "None", "--truth", "True"], {"name": "None", "truth": "True"}),
+        ([], {}),
+    ],
+)
+def test_values_stay_as_typed(words: list[str], expected: dict[str, str]) -> None:
+    assert cli.parse(words) == expected
+
+
+def test_repeated_options() -> None:
+    assert cli.parse(["--choices", "red", "--choices=blue"], {"choices"}) == {"choices": ["red", "blue"]}
+    with pytest.raises(UserError, match="--x is given twice"):
+        cli.parse(["--x", "1", "--x", "2"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loose"],
+        ["--x", "1", "loose"],
+        ["--x", "a", "-", "b"],
+        ["--x", "1", "--", "y"],
+        ["--=3"],
+        ["--3x", "1"],
+        ["---x"],
+    ],
+)
+def test_loose_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match="unexpected word"):
+        cli.parse(words)
+
+
+@dataclass
+class Options:
+    size: int
+    rate: float = 0.5
+    on: bool = False
+    kind: Literal["a", "b"] = "a"
+    out: Path | None = None
+    names: list[str] | None = None
+
+
+def test_binding_converts_by_annotation() -> None:
+    given: dict[str, Any] = {
+        "size": "7",
+        "rate": "1e-4",
+        "on": "True",
+        "kind": "b",
+        "out": "x/y",
+        "names": "one",
+    }
+    assert cli.bind(Options, given) == {
+        "size": 7, "rate": 1e-4, "on": True, "kind": "b", "out": Path("x/y"), "names": ["one"],
+    }  # fmt: skip
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        cli.bind(Options, {"rat": "1", "rate": "nan", "on": "yes", "kind": "c"})
+    assert caught.value.lines == (
+        "unknown option --rat; did you mean --rate?",
+        "--size is missing",
+        "--rate nan: expected a number",
+        "--on yes: expected true or false",
+        "--kind c: expected one of a, b",
+    )
+
+
+@pytest.mark.parametrize("text", ["2025_07_01", "1.0", "one", ""])
+def test_whole_numbers_only(text: str) -> None:
+    with pytest.raises(UserError, match="expected a whole number"):
+        cli.bind(Options, {"size": text})
+
+
+def command(*, size: int = 3, names: list[str] | None = None, **rest: str) -> None:
+    """Measure things."""
+    if size < 0:
+        raise UserError("--size: too small", "--size: try 3")
+    print(size, names, rest)
+
+
+def test_run_passes_what_remains(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(command, ["--size=4", "--names", "a", "--names", "b", "--more.deep", "1_0"])
+    assert capsys.readouterr().out == "4 ['a', 'b'] {'more.deep': '1_0'}\n"
+
+
+def test_run_reports_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(command, ["--size", "-1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --size: too small\nerror: --size: try 3\n"
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(interrupted, [])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(command, ["--help"])
+    shown = capsys.readouterr().out
+    assert "Measure things." in shown
+    assert "--size integer (default 3)" in shown

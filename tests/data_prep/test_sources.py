@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.sources import Rejected, Source, open_source
+from tests.data_prep.conftest import m3cot_row, picture, scienceqa_problem, write_parquet
+
+
+def reason(source: Source, split: str, row: int) -> tuple[str, str]:
+    with pytest.raises(Rejected) as caught:
+        source.example(split, row)
+    return caught.value.id, caught.value.reason
+
+
+def test_m3cot(m3cot_folder: Path) -> None:
+    before = sorted(m3cot_folder.rglob("*"))
+    source = open_source("m3cot", str(m3cot_folder))
+    assert [(split, source.rows(split)) for split in source.splits()] == [
+        ("train", 6),
+        ("val", 1),
+        ("test", 2),
+    ]
+    example = source.example("train", 4)
+    example.validate()
+    assert example.image == picture(format="JPEG")  # as found, not encoded again
+    assert (example.id, example.split, example.answer) == ("topic-4", "train", 1)
+    assert example.choices == ("one year", "ten years", "a century")
+    assert example.fields == {"domain": "science", "topic": "biology", "category": "Trees", "image_id": "4"}
+    assert source.example("train", 3).image is None
+    assert reason(source, "train", 2)[0] == "topic-2"
+    assert sorted(m3cot_folder.rglob("*")) == before
+
+
+def test_m3cot_sees_a_changed_file(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [m3cot_row(0)])
+    assert open_source("m3cot", str(tmp_path)).rows("test") == 1
+    write_parquet(tmp_path / "test.parquet", [m3cot_row(0), m3cot_row(1)])
+    assert open_source("m3cot", str(tmp_path)).rows("test") == 2
+
+
+def test_parquet_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        open_source("m3cot", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no parquet files"):
+        open_source("m3cot", str(tmp_path))
+    write_parquet(tmp_path / "part-0.parquet", [m3cot_row(0)])
+    with pytest.raises(UserError, match=r"cannot tell the split of part-0\.parquet"):
+        open_source("m3cot", str(tmp_path))
+    (tmp_path / "part-0.parquet").unlink()
+    write_parquet(tmp_path / "train.parquet", [{"image": None, "question": "?"}])
+    with pytest.raises(UserError, match="the split train has no column answer, category"):
+        open_source("m3cot", str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_source("m3cot", str(tmp_path))
+
+
+def test_scienceqa_original_layout(scienceqa_folder: Path) -> None:
+    source = open_source("scienceqa", str(scienceqa_folder))
+    assert source.splits() == ["train", "val", "test"]
+    text_only, with_picture = source.example("train", 0), source.example("train", 1)
+    assert text_only.image is None
+    assert text_only.rationale == "Liquids flow. Water flows."
+    assert text_only.context == "Think of it."
+    assert text_only.answer == 1
+    assert text_only.fields["subject"] == "natural science"
+    assert with_picture.image == picture()
+    assert with_picture.rationale == "Water flows."
+    assert source.example("val", 0).rationale == ""
+    assert reason(source, "train", 2) == (
+        "3",
+        "image file cannot be read: image.png, No such file or directory",
+    )
+
+
+def test_scienceqa_problems_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    problems = {
+        "7": scienceqa_problem(split="test"),
+        "8": scienceqa_problem(),
+        "9": scienceqa_problem(answer=None),
+    }
+    path.write_text(json.dumps(problems))
+    source = open_source("scienceqa", str(path))
+    assert source.splits() == ["train", "test"]
+    assert source.example("test", 0).id == "7"
+    assert reason(source, "train", 1)[0] == "9"
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        open_source("scienceqa", str(path))
+
+
+def test_scienceqa_parquet_equals_original(tmp_path: Path) -> None:
+    problem = scienceqa_problem(split="validation")
+    write_parquet(tmp_path / "validation.parquet", [problem | {"image": {"bytes": picture(), "path": None}}])
+    example = open_source("scienceqa", str(tmp_path)).example("val", 0)
+    assert example.id == "val-0"
+    assert example.rationale == "Liquids flow. Water flows."
+    assert example.image == picture()
+    assert example.fields["skill"] == "Name states"
+
+
+def jsonl_line(**changes: Any) -> str:
+    content = {
+        "id": "a",
+        "question": "Up?",
+        "choices": ["yes", "no"],
+        "answer": "B",
+        "rationale": "It falls.",
+    }
+    return json.dumps(content | changes) + "\n"
+
+
+def test_jsonl_file(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    path = tmp_path / "own.jsonl"
+    path.write_text(
+        jsonl_line(image="pictures/a.png", level=3, tag=None)
+        + "\n"
+        + jsonl_line(id=2, split="test", answer=0, context="Gravity.")
+        + jsonl_line(id="late", image=str(tmp_path / "pictures" / "a.png"))
+    )
+    source = open_source("jsonl", str(path))
+    assert [(split, source.rows(split)) for split in source.splits()] == [("train", 2), ("test", 1)]
+    first, late, test = source.example("train", 0), source.example("train", 1), source.example("test", 0)
+    assert (first.answer, first.fields, first.image) == (1, {"level": "3"}, picture())
+    assert (late.id, late.image) == ("late", picture())
+    assert (test.id, test.answer, test.context) == ("2", 0, "Gravity.")
+
+
+@pytest.mark.parametrize(
+    ("line", "id", "told"),
+    [
+        (b"{bad\n", "own.jsonl:2", "not a line of JSON"),
+        (b'{"id": "\xff"}\n', "own.jsonl:2", "not a line of JSON"),
+        (b'{"id": NaN}\n', "own.jsonl:2", "not a line of JSON"),
+        (b"[" * 100_000 + b"\n", "own.jsonl:2", "not a line of JSON"),
+        (b"[1]\n", "own.jsonl:2", "not a JSON object"),
+        (jsonl_line(id="z", split="dev").encode(), "z", "wrong split: 'dev'"),
+        (jsonl_line(id="z", choices="ab").encode(), "z", "choices not a list"),
+        (jsonl_line(id="z", answer="yes").encode(), "z", "no answer"),
+        (jsonl_line(id="z", image="../x.png").encode(), "z", "image outside the folder"),
+        (jsonl_line(id="z", image="/etc/hosts").encode(), "z", "image outside the folder"),
+        (jsonl_line(id="z", image="gone.png").encode(), "z", "image file cannot be read"),
+        (jsonl_line(id="z", image=["x"]).encode(), "z", "image not a file name"),
+        (jsonl_line(id="z", extra={"deep": 1}).encode(), "z", "field 'extra' neither text nor number"),
+    ],
+)
+def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(jsonl_line().encode() + line + jsonl_line(id="b").encode())
+    source = open_source("jsonl", str(path))
+    assert source.rows("train") == 3
+    found = reason(source, "train", 1)
+    assert found[0] == id
+    assert found[1].startswith(told)
+    assert source.example("train", 2).id == "b"
+
+
+def test_jsonl_folder(tmp_path: Path) -> None:
+    (tmp_path / "val.jsonl").write_text(jsonl_line() + jsonl_line(split="train", id="stray"))
+    source = open_source("jsonl", str(tmp_path))
+    assert source.splits() == ["val"]
+    assert source.example("val", 0).split == "val"
+    assert reason(source, "val", 1) == ("stray", "wrong split: 'train'")
+
+
+def test_source_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean m3cot"):
+        open_source("m3co")
+    with pytest.raises(UserError, match="jsonl has no option --grid"):
+        open_source("jsonl", str(tmp_path), {"grid": "4"})
+    with pytest.raises(UserError, match="no such file"):
+        open_source("jsonl", str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="reads nothing"):
+        open_source("trails", "somewhere")
