@@ -126,7 +126,7 @@ class Trails:
             if kind == "follow":
                 asked = _follow(layout, rng, hops[cycle % len(hops)])
             elif kind == "look":
-                asked = _look(layout, rng, cycle % len(ARROWS))
+                asked = _look(layout, rng, position)
             elif kind == "neighbour":
                 asked = _neighbour(layout, rng)
             else:
@@ -209,8 +209,8 @@ def _look(layout: Layout, rng: random.Random, arrow: int) -> _Asked | None:
     if not cells:
         return None
     cell = rng.choice(cells)
+    # the choices stay in this order, so that a small model can learn what a letter means without matching texts
     wrong = [name for name in ARROWS if name != ARROWS[arrow]]
-    rng.shuffle(wrong)
     question = f"Which way does the {layout.name(cell)} flag point?"
     return _Asked(question, ARROWS[arrow], wrong, _sentences_ending_at(layout, cell, rng), 0)
 
