@@ -142,6 +142,8 @@ class ShardIndex:
         """Hash of the index: equal for equal samples in equal order."""
         self.shards: list[str] = [shard["name"] for shard in part["shards"]]
         """The tars' names."""
+        self.shard_sizes: list[int] = [shard["samples"] for shard in part["shards"]]
+        """Samples of each tar."""
         self._index = folder / part["index"]["name"]
 
     @functools.cached_property

@@ -9,7 +9,8 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -259,7 +260,8 @@ def load_json(path: Path, what: str) -> dict[str, Any]:
 
 def _value(text: str, annotation: Any) -> Any:
     """An option's text as YAML reads it, but text where text is wanted."""
-    kinds = get_args(annotation) or (annotation,)
+    union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if union else (annotation,)
     if str in kinds:
         return None if type(None) in kinds and text.lower() in ("none", "null") else text
     try:

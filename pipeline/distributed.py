@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from transformers.utils import logging as transformers_logging
 
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for rank 0 to prepare data or a base model."""
@@ -44,6 +47,8 @@ def start(world: World) -> torch.device:
             os.environ.setdefault(name, value)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    transformers_logging.disable_progress_bar()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(world.local_rank)
@@ -58,8 +63,6 @@ def start(world: World) -> torch.device:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -107,15 +107,3 @@ def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[B
             prefetch_factor=4 if workers else None,
         )
     )
-
-
-def validation_batches(
-    index: ShardIndex, builder: RowBuilder, stage: StageConfig, groups: int, count: int, share: Share, seed: int
-) -> list[Batch]:
-    """This rank's batches of the fixed validation subset: the same rows at every validation of every stage."""
-    chosen = EpochOrder(index.shard_sizes, seed, 0, 0).take(0, min(count, len(index)))
-    batches = []
-    for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
-        built = [training_row(index, builder, int(i), stage, groups) for i in rows]
-        batches.append(collate(built, builder.processor.row_format, stage.latents))
-    return batches

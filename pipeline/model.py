@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
+from pipeline.latent.decode import Generation, generate
 from pipeline.latent.forward import LatentConfig, latent_forward
 from pipeline.loss import token_nll
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """When an answer ends; see `pipeline.latent.decode.generate`."""
+
+    max_new_tokens: int
+    eos_id: int
+    all_finished: Callable[[bool], bool] = bool
 
 
 class LatentModel(nn.Module):
@@ -19,12 +32,23 @@ class LatentModel(nn.Module):
         super().__init__()
         self.backbone, self.latent = backbone, latent
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(sum of NLL over labelled tokens, monitoring sums)."""
+    def forward(self, batch: Batch, answer: AnswerLimits | None = None) -> tuple[Tensor, dict[str, Tensor]] | Generation:
+        """(sum of NLL over labelled tokens, monitoring sums); with `answer`, the questions' greedy answers instead.
+
+        Both go through this one call, because ZeRO-3 follows the root module's calls.
+        """
+        if answer is not None:
+            return generate(
+                self.backbone,
+                batch,
+                self.latent,
+                max_new_tokens=answer.max_new_tokens,
+                eos_id=answer.eos_id,
+                all_finished=answer.all_finished,
+            )
         trace = latent_forward(self.backbone, batch, self.latent)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
-        with torch.no_grad():
-            return nll.sum(), trace.statistics(batch)
+        return nll.sum(), trace.statistics(batch)
 
 
 def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:

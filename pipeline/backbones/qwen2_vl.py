@@ -8,18 +8,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
+from pipeline.prompt import PromptConfig
+
+if TYPE_CHECKING:
+    from pipeline.config import ScratchConfig
 
 
 class Qwen2VL(nn.Module):
@@ -47,46 +57,53 @@ class Qwen2VL(nn.Module):
         )
 
     @staticmethod
-    def from_scratch(shape: dict[str, Any], vocab_size: int, token_ids: dict[str, int], dtype: torch.dtype) -> nn.Module:
-        """A randomly initialised model; `shape` as in `ScratchConfig`, `token_ids` of the special tokens."""
-        heads, hidden = shape["heads"], shape["hidden_size"]
-        half = hidden // heads // 2
+    def create(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> nn.Module:
+        """Save a randomly initialised model of this shape beside its tokenizer in `folder`; returns the model."""
+        token = tokenizer.convert_tokens_to_ids
+        half = scratch.hidden_size // scratch.heads // 2
         third = half * 3 // 8
         config = Qwen2VLConfig(
             text_config={
-                "vocab_size": vocab_size,
-                "hidden_size": hidden,
-                "intermediate_size": shape["intermediate_size"],
-                "num_hidden_layers": shape["layers"],
-                "num_attention_heads": heads,
-                "num_key_value_heads": shape["kv_heads"],
-                "max_position_embeddings": 32768,
+                "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,
+                "hidden_size": scratch.hidden_size,
+                "intermediate_size": scratch.intermediate_size,
+                "num_hidden_layers": scratch.layers,
+                "num_attention_heads": scratch.heads,
+                "num_key_value_heads": scratch.kv_heads,
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 1e6,
                     "mrope_section": [half - 2 * third, third, third],
                 },
-                "bos_token_id": token_ids["<|endoftext|>"],
-                "eos_token_id": token_ids["<|im_end|>"],
-                "pad_token_id": token_ids["<|endoftext|>"],
-                "initializer_range": shape["initializer_range"],
+                "bos_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "initializer_range": scratch.initializer_range,
             },
             vision_config={
-                "depth": shape["vision_layers"],
-                "embed_dim": shape["vision_size"],
-                "num_heads": shape["vision_heads"],
+                "depth": scratch.vision_layers,
+                "embed_dim": scratch.vision_size,
+                "num_heads": scratch.vision_heads,
                 "mlp_ratio": 2,
-                "hidden_size": hidden,
-                "initializer_range": shape["initializer_range"],
+                "hidden_size": scratch.hidden_size,
+                "initializer_range": scratch.initializer_range,
             },
-            image_token_id=token_ids["<|image_pad|>"],
-            video_token_id=token_ids["<|video_pad|>"],
-            vision_start_token_id=token_ids["<|vision_start|>"],
-            vision_end_token_id=token_ids["<|vision_end|>"],
-            tie_word_embeddings=shape["tie_embeddings"],
-            dtype=dtype,
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=scratch.tie_embeddings,
+            initializer_range=scratch.initializer_range,
         )
-        return Qwen2VLForConditionalGeneration(config)
+        vlm = Qwen2VLForConditionalGeneration(config)
+        vlm.save_pretrained(folder)
+        # small pictures keep their size: one column for each 28 x 28 pixels
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 1280}).save_pretrained(folder)
+        return vlm
+
+    @staticmethod
+    def processor(path: str | Path, prompt: PromptConfig, revision: str | None = None) -> Qwen2VLProcessor:
+        return Qwen2VLProcessor(path, prompt.image_size, prompt.max_pixels, revision)
 
     @staticmethod
     def hidden_size(path: str | Path, revision: str | None = None) -> int:
@@ -227,6 +244,10 @@ class Qwen2VLProcessor:
             out[:, column : column + t * h * w] = np.indices((t, h, w)).reshape(3, -1) + position
             column, position = column + t * h * w, position + max(h, w)
         return out
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
         """Tokenizer, chat template and image processor, in a form that loads with or without torchvision."""

@@ -110,6 +110,7 @@ class Trace:
         first = tips.gather(1, latents[:, None, None].expand(-1, 1, tips.shape[-1]))
         return torch.cat([first, self.hidden[-1][:, self.target_start : -1]], dim=1)
 
+    @torch.no_grad()
     def statistics(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over rows for monitoring: latent norm, selection entropy, coverage, and the rows they are over."""
         zero = batch.latents.new_zeros((), dtype=torch.float32)

@@ -1,0 +1,133 @@
+"""A lease on a run folder, so that two trainers never write to one.
+
+The holder renews a small file from a thread.  Another trainer takes over when the holder is gone: at once if it was a
+process of this machine that no longer exists, otherwise after `STALE` seconds without renewal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomic
+
+RENEW, STALE = 5.0, 60.0
+"""Seconds between renewals, and without one until the holder counts as gone."""
+GRACE = 20.0
+"""Seconds to wait for a holder that may be about to stop, before refusing."""
+
+
+class Lease:
+    """Held from `acquire` to `release`; rank 0 of a run holds it for all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lease.json"
+        self._identity = {**_this_process(), "token": os.urandom(8).hex()}
+        self._stop = threading.Event()
+        self._lost = ""
+
+    def acquire(self, grace: float = GRACE) -> None:
+        """Take the lease.  Raises UserError naming the holder where it is still there after `grace` seconds."""
+        deadline = time.monotonic() + grace
+        while not self._take():
+            holder = self._read()
+            if holder and time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')};"
+                    " stop it, or choose another --out"
+                )
+            time.sleep(0.5)
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise UserError where another trainer has taken the folder over; call before writing to it."""
+        if self._lost:
+            raise UserError(self._lost)
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        holder = self._read()
+        if holder is not None:
+            if not _is_gone(holder):
+                return False
+            # exactly one of several takers succeeds in moving the dead lease away
+            grave = self.path.with_name(f"lease.{self._identity['token']}")
+            try:
+                os.rename(self.path, grave)
+            except FileNotFoundError:
+                return False
+            moved = json.loads(grave.read_text())
+            grave.unlink()
+            if moved.get("token") != holder.get("token"):
+                return False
+        try:
+            with open(self.path, "x") as file:
+                json.dump(self._content(), file)
+        except FileExistsError:
+            return False
+        return True
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW):
+            if not self._is_ours():
+                holder = self._read() or {}
+                self._lost = (
+                    f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
+                )
+                return
+            write_atomic(self.path, json.dumps(self._content()))
+
+    def _content(self) -> dict[str, Any]:
+        return {**self._identity, "renewed": time.time()}
+
+    def _is_ours(self) -> bool:
+        return (self._read() or {}).get("token") == self._identity["token"]
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            value = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}  # being written this moment
+        return value if isinstance(value, dict) else {}
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "space": _pid_space(), "pid": pid, "started": _start_time(pid)}
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    here = holder.get("host") == socket.gethostname() and holder.get("space") == _pid_space()
+    if here and "pid" in holder:
+        return _start_time(holder["pid"]) != holder.get("started")
+    return time.time() - float(holder.get("renewed", 0)) > STALE
+
+
+def _pid_space() -> str:
+    """Which set of process numbers we are in; containers of one host name have their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str | None:
+    """When process `pid` started, in clock ticks since boot; None where there is no such live process."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] in "ZX" else after_name[19]

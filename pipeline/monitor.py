@@ -1,0 +1,137 @@
+"""What a run tells: TensorBoard, a line on the screen now and then, and the exact numbers of every step in a file.
+
+Only rank 0 writes.  After a resume, points past the checkpoint are dropped, so that no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from data_prep.files import write_atomic
+
+LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "accuracy": ["Multiline", ["val/accuracy"]],
+        "gradient norm and rate": ["Multiline", ["train/grad_norm", "train/lr"]],
+    },
+    "latent steps": {
+        "norm of h": ["Multiline", ["latent/norm"]],
+        "selection: entropy (nats) and share of the image taken": [
+            "Multiline",
+            ["latent/selection_entropy", "latent/coverage"],
+        ],
+        "stage": ["Multiline", ["curriculum/stage", "curriculum/latents"]],
+    },
+    "speed": {
+        "throughput": ["Multiline", ["speed/tokens_per_s", "speed/samples_per_s"]],
+        "seconds of a step": ["Multiline", ["time/data_wait", "time/forward", "time/backward", "time/step"]],
+        "memory (GB)": ["Multiline", ["memory/allocated_gb", "memory/peak_gb"]],
+    },
+    "data": {"problems": ["Multiline", ["data/bad_samples", "data/dropped_steps"]]},
+}
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase of one step."""
+
+    device: torch.device
+    exact: bool
+    """Wait for the GPU at each border: right, but slower; on logged steps only."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.exact and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def memory_gb(device: torch.device) -> dict[str, float]:
+    """Memory of this process now and at its peak, in GB: the GPU's, else resident memory."""
+    if device.type == "cuda":
+        used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    else:
+        import resource
+
+        used = psutil.Process().memory_info().rss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"memory/allocated_gb": used / 1e9, "memory/peak_gb": peak / 1e9}
+
+
+def configure_logging(folder: Path, rank: int) -> logging.Logger:
+    """Each rank logs to its own file in `folder`; rank 0 also to the screen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("pipeline")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank{rank}.log")]
+    if rank == 0:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    return log
+
+
+class Monitor:
+    """Rank 0's writers; on other ranks every method does nothing."""
+
+    def __init__(self, run: Path, main: bool, first_step: int, config_text: str) -> None:
+        self._main = main
+        if not main:
+            return
+        self._steps = run / "metrics.jsonl"
+        self._forget_from(first_step)
+        self._file = open(self._steps, "a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        if first_step == 0:
+            self._board.add_custom_scalars(LAYOUT)
+            self._board.add_text("config", "```yaml\n" + config_text + "\n```", 0)
+
+    def _forget_from(self, step: int) -> None:
+        if self._steps.exists():
+            lines = self._steps.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["global_step"] < step]
+            write_atomic(self._steps, "".join(kept))
+
+    def step(self, global_step: int, exact: dict[str, float | int]) -> None:
+        """Numbers of every step, as they are, to `metrics.jsonl`."""
+        if self._main:
+            self._file.write(json.dumps({"global_step": global_step, **exact}) + "\n")
+
+    def scalars(self, global_step: int, values: dict[str, float]) -> None:
+        if self._main:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, global_step)
+
+    def close(self) -> None:
+        if self._main:
+            self._file.close()
+            self._board.close()
+
+
+class Progress:
+    """Rate and time left of a stage."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._first, self._total, self._start = done, total, time.monotonic()
+
+    def line(self, done: int) -> str:
+        rate = (done - self._first) / max(1e-9, time.monotonic() - self._start)
+        left = int((self._total - done) / rate) if rate else 0
+        return f"{done}/{self._total} {rate:.2f} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

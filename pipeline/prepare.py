@@ -1,0 +1,108 @@
+"""What a run needs before its model exists: shards, a base model folder, and the checks that need them.
+
+Made once by rank 0; found as it is by every later start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError
+from data_prep.files import sha256
+from data_prep.index import ShardIndex, open_split
+from data_prep.tokenizer import texts_of_folder, train_tokenizer
+from pipeline.backbones import BACKBONES
+from pipeline.config import ROOT, RunConfig
+from pipeline.prompt import Processor
+
+
+def data_folder(config: RunConfig) -> Path:
+    """--data, or data/NAME of the recipe that makes its own."""
+    return Path(config.data.path or f"data/{config.name}")
+
+
+def make_data(config: RunConfig, say: Any) -> None:
+    """Make the shard folder where the recipe says from what and it does not exist."""
+    folder, data = data_folder(config).absolute(), config.data
+    if (folder / "manifest.json").exists() or data.source is None:
+        return
+    words = [f"--{name}={value}" for name, value in data.options.items()]
+    command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
+    command += ["--workers", str(min(8, os.cpu_count() or 1))]
+    say(f"making {folder}: {shlex.join(command[1:])}")
+    # a process of its own, whose workers then do not import the trainer
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{folder} could not be made from {data.source}")
+
+
+def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
+    """The base model: the pretrained one's name, or a folder with a new tokenizer and random weights."""
+    if config.model.path is not None:
+        return config.model.path
+    base, scratch = run / "base", config.model.scratch
+    if base.exists():
+        return base
+    assert scratch is not None
+    writing = run / "base.writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size)
+    torch.manual_seed(config.train.seed)
+    vlm = BACKBONES[config.model.backbone].create(scratch, tokenizer, writing)
+    parameters = sum(p.numel() for p in vlm.parameters())
+    say(f"made a base model of {parameters:,} parameters and {len(tokenizer)} tokens in {base}")
+    os.rename(writing, base)
+    return base
+
+
+def base_hash(base: Path | str) -> str:
+    """What identifies the base's weights: a hash of a local folder's, or a hub id with its commit."""
+    if not Path(base).is_dir():
+        from transformers import AutoConfig
+
+        return f"{base}@{AutoConfig.from_pretrained(base)._commit_hash}"
+    files = sorted(p for p in Path(base).iterdir() if p.suffix in (".safetensors", ".bin"))
+    return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def check_data(folder: Path, splits: list[str]) -> dict[str, ShardIndex]:
+    """The splits' indexes.  Raises UserError for every one that is missing, empty or inconsistent."""
+    indexes, problems = {}, []
+    for split in splits:
+        try:
+            indexes[split] = open_split(folder, split)
+            if not len(indexes[split]):
+                problems.append(f"{folder}: split {split} is empty")
+        except UserError as error:
+            problems += error.lines
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return indexes
+
+
+def check_patches(index: ShardIndex, processor: Processor, num_patches: int) -> None:
+    """Raise UserError where a latent step asks for more patches than some image of the split has.
+
+    Sizes come from the index; no image is decoded.
+    """
+    sizes = np.stack([index.records["width"], index.records["height"]], axis=1)
+    unique, first, counts = np.unique(sizes, axis=0, return_index=True, return_counts=True)
+    columns = [processor.image_columns(int(w), int(h)) if w and h else num_patches for w, h in unique]
+    short = [i for i, n in enumerate(columns) if n < num_patches]
+    if short:
+        i = min(short, key=lambda j: columns[j])
+        w, h = unique[i]
+        raise UserError(
+            f"latent.num_patches {num_patches} is more than the {columns[i]} patches of a {w}x{h} image"
+            f" ({sum(int(counts[j]) for j in short)} images of {index.split} are too small,"
+            f" for example {index.key(int(first[i]))}); lower it, or set prompt.image_size"
+        )

@@ -1,0 +1,87 @@
+"""Validation on a fixed subset: loss with the remaining steps given, accuracy with everything generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+
+from data_prep.example import Example
+from data_prep.index import ShardIndex
+from pipeline.batch import Batch, collate
+from pipeline.curriculum import StageConfig
+from pipeline.distributed import total
+from pipeline.loader import Share, training_row
+from pipeline.model import AnswerLimits
+from pipeline.order import EMPTY, EpochOrder, rank_share
+from pipeline.prompt import RowBuilder
+from pipeline.score import strict_choice
+
+SUBSET_SEED = 1
+"""Seed of the subset: fixed, so that every run of a data folder validates on the same rows."""
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A rank's part of the subset; every rank has the same number of batches."""
+
+    batches: list[Batch]
+    examples: list[list[Example | None]]
+
+    @classmethod
+    def of(
+        cls, index: ShardIndex, builder: RowBuilder, stage: StageConfig, groups: int, samples: int, share: Share
+    ) -> ValidationSet:
+        """`samples` rows as `stage` shows them; share.micro_batch rows are decoded at once."""
+        chosen = EpochOrder(index.shard_sizes, SUBSET_SEED, 0, 0).take(0, min(samples, len(index)))
+        batches, examples = [], []
+        for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
+            built = [training_row(index, builder, int(i), stage, groups) for i in rows]
+            batches.append(collate(built, builder.processor.row_format, stage.latents))
+            examples.append(
+                [None if i == EMPTY or row.bad else index.read(int(i)) for i, row in zip(rows, built, strict=True)]
+            )
+        return cls(batches, examples)
+
+
+@torch.no_grad()
+def validate(
+    engine: deepspeed.DeepSpeedEngine,
+    data: ValidationSet,
+    builder: RowBuilder,
+    max_new_tokens: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean NLL a token, accuracy and mean autoregressive steps over all ranks' rows; all ranks call it together."""
+
+    def all_finished(here: bool) -> bool:
+        return total([0.0 if here else 1.0], device)[0] == 0
+
+    limits = AnswerLimits(max_new_tokens, builder.processor.eos_id, all_finished)
+    engine.eval()
+    nll = labels = right = asked = steps = 0.0
+    for batch, examples in zip(data.batches, data.examples, strict=True):
+        batch = batch.to(device)
+        loss, _ = engine(batch)
+        nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
+        answers = engine(batch, answer=limits)
+        for row, example in enumerate(examples):
+            if example is None:
+                continue
+            text = builder.processor.decode(answers.tokens[row])
+            asked += 1
+            steps += answers.autoregressive_steps(row)
+            right += is_right(text, example, builder.config.answer)
+    engine.train()
+    nll, labels, right, asked, steps = total([nll, labels, right, asked, steps], device)
+    return {
+        "val/loss": nll / max(1, labels),
+        "val/accuracy": right / max(1, asked),
+        "val/autoregressive_steps": steps / max(1, asked),
+    }
+
+
+def is_right(text: str, example: Example, style: str) -> bool:
+    """Strictly scored: the answer sentence names the right choice."""
+    return strict_choice(text, len(example.choices), style) == example.answer

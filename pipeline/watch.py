@@ -1,0 +1,53 @@
+"""A rank must not outlive the launcher that started it: it would go on training, holding the run folder."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+
+def ancestors() -> list[tuple[int, str]]:
+    """(pid, start time) of the launchers above this process: its parent, and DeepSpeed's runner above that."""
+    found = []
+    pid = os.getppid()
+    while pid > 1 and (stat := _stat(pid)) is not None:
+        if found and "deepspeed" not in _command(pid):
+            break
+        found.append((pid, stat[19]))
+        pid = int(stat[1])
+    return found
+
+
+def exit_with_launcher(interval: float = 0.5) -> None:
+    """End this process when one of its launchers is gone.  Without a launcher (a terminal, srun) nothing is watched."""
+    if "deepspeed" not in _command(os.getppid()) and "torch.distributed" not in _command(os.getppid()):
+        return
+    watched = ancestors()
+
+    def watch() -> None:
+        while True:
+            for pid, started in watched:
+                stat = _stat(pid)
+                if stat is None or stat[19] != started or stat[0] in "ZX":
+                    os.write(2, b"launcher is gone: this rank stops\n")
+                    os._exit(143)
+            time.sleep(interval)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat after the name: state, parent, ..., start time at 19."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,156 @@
+"""A real Slurm cluster of virtual nodes on this machine, for tests: Linux, root, and `apt install slurm-wlm munge iproute2`.
+
+The controller and every node have their own host name, network address, processes and shared memory; the nodes claim
+GPUs and CPUs that are not there, so a GPU cluster's unmodified job files are accepted.  Everything lives in namespaces
+under one process that dies with this one, and in one temporary folder.
+
+    with Cluster(nodes=2) as cluster:
+        job = cluster.submit("slurm/stage0.sbatch")
+        print(cluster.wait(job)["JobState"])
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+HERE = Path(__file__).resolve().parent
+PROGRAMS = "sbatch scontrol sinfo slurmctld slurmd munged ip unshare nsenter setpriv".split()
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+
+CONFIG = """\
+ClusterName=test
+SlurmctldHost=control(10.213.0.254)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={state}/munge.socket
+StateSaveLocation={state}/control
+SlurmdSpoolDir={state}/spool.%n
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd.%n.pid
+SlurmctldLogFile={state}/log/slurmctld
+SlurmdLogFile={state}/log/slurmd.%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+SlurmdParameters=config_overrides
+GresTypes=gpu
+MinJobAge=3600
+KillWait=2
+NodeName=node[1-{nodes}] NodeAddr=10.213.0.[1-{nodes}] CPUs={cpus} RealMemory=500000 Gres=gpu:{gpus}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def unavailable() -> str | None:
+    """Why no cluster can be started here, or None."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    if absent := [name for name in PROGRAMS if not shutil.which(name, path=path)]:
+        return f"no {', '.join(absent)} on this machine (apt install slurm-wlm munge iproute2)"
+    if os.geteuid() != 0:
+        return "a test cluster needs root"
+    probe = "unshare --net --uts --mount --pid --fork --mount-proc ip link add t0 type veth peer name t1"
+    if subprocess.run(probe.split(), capture_output=True, env=os.environ | {"PATH": path}).returncode:
+        return "this machine does not allow new namespaces"
+    return None
+
+
+class Cluster:
+    """One controller and `nodes` nodes, up between __enter__ and __exit__."""
+
+    def __init__(self, nodes: int = 2, gpus: int = 8, cpus: int = 64) -> None:
+        self.nodes, self.gpus, self.cpus = nodes, gpus, cpus
+
+    def __enter__(self) -> Self:
+        self.state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: socket paths are limited
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_world"):
+            self._world.kill()
+            self._world.wait()
+        for _ in range(50):  # daemons that are just being killed may still write here
+            shutil.rmtree(self.state, ignore_errors=True)
+            if not self.state.exists():
+                break
+            time.sleep(0.1)
+
+    def run(
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the controller (a login node) and return it with its output."""
+        enter = ["nsenter", f"--target={self._world.pid}", "--net", "--uts", "--mount"]
+        if cwd is not None:
+            enter.append(f"--wd={cwd}")
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        own |= {"SLURM_CONF": str(self.state / "slurm.conf"), **(env or {})}
+        return subprocess.run([*enter, *command], env=own, capture_output=True, text=True, timeout=60)
+
+    def submit(self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
+        """`sbatch COMMAND...`; return the job's id."""
+        done = self.run("sbatch", "--parsable", *command, env=env, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split(";")[0])
+
+    def job(self, job: int) -> dict[str, str]:
+        """What `scontrol show job` says, by field."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", str(job))
+        assert shown.returncode == 0, shown.stderr
+        return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+
+    def wait(self, job: int, seconds: float = 60) -> dict[str, str]:
+        """The job's fields once it has ended.  A job that has not is cancelled, and an error."""
+        deadline = time.monotonic() + seconds
+        while (fields := self.job(job))["JobState"] in ACTIVE:
+            if time.monotonic() > deadline:
+                self.run("scancel", str(job))
+                raise TimeoutError(f"job {job} is {fields['JobState']} after {seconds} s ({fields['Reason']})")
+            time.sleep(0.1)
+        return fields
+
+    def _start(self) -> None:
+        state = self.state
+        (state / "log").mkdir()
+        key = state / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        addresses = "".join(f"10.213.0.{n} node{n}\n" for n in range(1, self.nodes + 1))
+        (state / "hosts").write_text(f"127.0.0.1 localhost\n10.213.0.254 control\n{addresses}")
+        devices = [state / f"gpu{n}" for n in range(self.gpus)]
+        for device in devices:  # Slurm wants device files: twins of /dev/null
+            os.mknod(device, 0o20666, os.makedev(1, 3))
+        shape = {"nodes": self.nodes, "gpus": self.gpus, "cpus": self.cpus}
+        (state / "slurm.conf").write_text(CONFIG.format(state=state, **shape))
+        files = f"{state}/gpu[0-{self.gpus - 1}]"
+        (state / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Count={self.gpus} File={files}\n")
+
+        command = "setpriv --pdeathsig KILL unshare --net --uts --mount --pid --kill-child --mount-proc bash".split()
+        command += [str(HERE / "world.sh"), str(state), str(self.nodes)]
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        with (state / "log" / "world").open("w") as log:
+            self._world = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PATH": path}
+            )
+        for _ in range(300):
+            if self._world.poll() is not None:
+                break
+            idle = self.run("sinfo", "--noheader", "--states=idle", "--format=%D").stdout.strip()
+            if idle == str(self.nodes):
+                return
+            time.sleep(0.1)
+        logs = "".join(f"== {p.name}\n{p.read_text()[-2000:]}\n" for p in sorted((state / "log").iterdir()))
+        raise RuntimeError(f"the test cluster did not come up:\n{logs}")
