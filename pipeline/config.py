@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -170,31 +170,41 @@ class RunConfig(Section):
 
 
 def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, annotation) of every field, sections included."""
+    """(dotted name, annotation) of everything that can be set."""
     for name, info in model.model_fields.items():
-        yield prefix + name, info.annotation
-        for kind in (info.annotation, *get_args(info.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from field_names(kind, f"{prefix}{name}.")
+        kinds = (info.annotation, *get_args(info.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if len(kinds) > 1 or not sections:  # a section that may be none can be set as a whole
+            yield prefix + name, info.annotation
+        for section in sections:
+            if get_origin(info.annotation) is not list:
+                yield from field_names(section, f"{prefix}{name}.")
 
 
-def load_config(recipe: Path | None, overrides: Mapping[str, str]) -> RunConfig:
-    """Defaults <- recipe <- overrides (dotted name -> text).
+def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterable[str] = ()) -> RunConfig:
+    """Defaults <- recipe <- overrides (dotted name -> text); `also` are the command's own options, to be suggested.
 
     Raises UserError naming every unknown key (with the nearest right name) and every bad value.
     """
     values = read_recipe(recipe) if recipe else {}
     known = dict(field_names())
-    if problems := unknown_options(overrides, known):
-        raise UserError(*problems)
+    problems = unknown_options(overrides, [*known, *also])
     for name, text in overrides.items():
+        if name not in known:
+            continue
         place = values
         *sections, last = name.split(".")
         for section in sections:
             inner = place.get(section)
             place[section] = place = dict(inner) if isinstance(inner, dict) else {}
         place[last] = _value(text, known[name])
-    return validate(values, str(recipe or "defaults"))
+    try:
+        config = validate(values, str(recipe or "defaults"))
+    except UserError as error:
+        raise UserError(*problems, *error.lines) from None
+    if problems:
+        raise UserError(*problems)
+    return config
 
 
 def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
@@ -262,7 +272,7 @@ def _value(text: str, annotation: Any) -> Any:
     """An option's text as YAML reads it, but text where text is wanted."""
     union = get_origin(annotation) in (Union, UnionType)
     kinds = get_args(annotation) if union else (annotation,)
-    if str in kinds:
+    if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         return None if type(None) in kinds and text.lower() in ("none", "null") else text
     try:
         value = yaml.safe_load(text)

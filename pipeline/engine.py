@@ -177,6 +177,19 @@ def add_latent_token(vlm: nn.Module, tokenizer: Any) -> None:
                 weight[new] = weight[:used].float().mean(0).to(weight.dtype)
 
 
+def gathered_weights(module: nn.Module, main: bool) -> dict[str, torch.Tensor]:
+    """Every parameter and saved buffer whole, on the CPU of rank 0, whatever the ZeRO stage; empty on other ranks."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if main:
+                weights[name] = parameter.detach().cpu().clone()
+    if main:
+        buffers = {name for name, _ in module.named_buffers()} & set(module.state_dict())
+        weights |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in buffers}
+    return weights
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Rate of a step: a pure function, so that resuming needs no scheduler state."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
@@ -60,19 +60,6 @@ class ExportInfo:
         (folder / FILE).write_text(json.dumps({"format": FORMAT, **value}, indent=1) + "\n")
 
 
-def gathered_weights(module: nn.Module, main: bool) -> dict[str, Tensor]:
-    """Every parameter whole, on the CPU of rank 0, whatever the ZeRO stage; empty on other ranks."""
-    weights = {}
-    for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if main:
-                weights[name] = parameter.detach().cpu().clone()
-    if main:
-        weights |= {name: buffer.detach().cpu().clone() for name, buffer in module.state_dict().items()
-                    if name in dict(module.named_buffers())}  # fmt: skip
-    return weights
-
-
 def merge_lora(weights: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
     """Plain weights of a LoRA model's: W + alpha/r B A, in fp32, under the base model's names."""
     merged = {}
@@ -88,14 +75,17 @@ def merge_lora(weights: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor
     return merged
 
 
-def export_model(
-    model: LatentModel, processor: Any, config: RunConfig, stage: int, folder: Path, main: bool, base: Path | str
+def write_export(
+    model: LatentModel,
+    weights: dict[str, Tensor],
+    processor: Any,
+    config: RunConfig,
+    stage: int,
+    folder: Path,
+    base: Path | str,
 ) -> None:
-    """Write the export of a stage; all ranks call it together.  Replaces an earlier one as a whole."""
+    """Write the export of a stage from whole weights (`engine.gathered_weights`); replaces an earlier one."""
     vlm, lora = model.backbone.vlm, config.model.lora
-    weights = gathered_weights(vlm, main)
-    if not main:
-        return
     writing = folder.with_name(folder.name + ".writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
@@ -142,6 +132,7 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     family = BACKBONES[info.backbone]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    transformers_logging.disable_progress_bar()
     try:
         vlm = family.load(info.adapter_of or folder, dtype)
         processor = family.processor(folder, info.prompt)

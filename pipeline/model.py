@@ -32,23 +32,31 @@ class LatentModel(nn.Module):
         super().__init__()
         self.backbone, self.latent = backbone, latent
 
-    def forward(self, batch: Batch, answer: AnswerLimits | None = None) -> tuple[Tensor, dict[str, Tensor]] | Generation:
-        """(sum of NLL over labelled tokens, monitoring sums); with `answer`, the questions' greedy answers instead.
+    def forward(
+        self, batch: Batch, answer: AnswerLimits | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]] | tuple[list[list[int]], list[int]]:
+        """(sum of NLL over labelled tokens, monitoring sums).
 
-        Both go through this one call, because ZeRO-3 follows the root module's calls.
+        With `answer`: (generated ids, autoregressive steps) of each row instead.  Both go through this one call,
+        because ZeRO-3 follows the root module's calls.
         """
         if answer is not None:
-            return generate(
-                self.backbone,
-                batch,
-                self.latent,
-                max_new_tokens=answer.max_new_tokens,
-                eos_id=answer.eos_id,
-                all_finished=answer.all_finished,
-            )
+            out = self.answer(batch, answer)
+            return out.tokens, [out.autoregressive_steps(row) for row in range(len(out.tokens))]
         trace = latent_forward(self.backbone, batch, self.latent)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
         return nll.sum(), trace.statistics(batch)
+
+    def answer(self, batch: Batch, limits: AnswerLimits) -> Generation:
+        """Greedy answers to the batch's questions, with every latent step's patches."""
+        return generate(
+            self.backbone,
+            batch,
+            self.latent,
+            max_new_tokens=limits.max_new_tokens,
+            eos_id=limits.eos_id,
+            all_finished=limits.all_finished,
+        )
 
 
 def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:

@@ -6,11 +6,12 @@ Also under `srun` with one task a GPU (slurm/), and as a single process: `python
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,15 @@ from pipeline.batch import Batch
 from pipeline.checkpoint import Checkpoints, RunState
 from pipeline.config import DEMO_RECIPE, RunConfig, load_config
 from pipeline.distributed import World, total
-from pipeline.engine import build_engine, learning_rate, loss_scale, reset_optimizer, set_hyperparameters
-from pipeline.export import export_model
+from pipeline.engine import (
+    build_engine,
+    gathered_weights,
+    learning_rate,
+    loss_scale,
+    reset_optimizer,
+    set_hyperparameters,
+)
+from pipeline.export import write_export
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import Monitor, Progress, Stopwatch, configure_logging, memory_gb
@@ -60,13 +68,15 @@ def main(
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
-    config = load_config(recipe or DEMO_RECIPE, overrides)
+    config = load_config(recipe or DEMO_RECIPE, overrides, also=inspect.signature(main).parameters)
     plan = make_plan(config, ds, out, stages, resume, world.size)
     lease = Lease(plan.out)
-    if world.main:
-        lease.acquire()
     exit_with_launcher()
     try:
+        if world.main:
+            lease.acquire()
+            # whoever had the folder until now may have got further
+            plan = make_plan(config, ds, out, stages, resume, world.size)
         Run(plan, world, lease).train()
     finally:
         if world.main:
@@ -90,15 +100,16 @@ class Run:
     """One start of training: set up once, then stage after stage."""
 
     def __init__(self, plan: Plan, world: World, lease: Lease) -> None:
-        self.plan, self.config, self.world, self.lease = plan, plan.config, world, lease
-        self.out = plan.out
+        self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
         self.checkpoints = Checkpoints(self.out)
         self.bad_samples = 0
-        if not plan.stages:
+        self.device = distributed.start(world)
+        stages, start = distributed.from_main((plan.stages, plan.start))  # type: ignore[misc]
+        self.plan = replace(plan, stages=stages, start=start)
+        if not stages:
             self.log.info("nothing to do: all stages asked for are done in %s", self.out)
             return
-        self.device = distributed.start(world)
         self._prepare()
         self._build()
 
@@ -341,8 +352,11 @@ class Run:
         )
         folder = self.out / "export" / f"stage{stage}"
         if export:
-            export_model(self.engine.module, self.processor, config, stage, folder, self.world.main, self.base)
+            model = self.engine.module
+            weights = gathered_weights(model.backbone.vlm, self.world.main)
         if self.world.main:
+            if export:
+                write_export(model, weights, self.processor, config, stage, folder, self.base)
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(self.out / f"stage{stage}.done", json.dumps(done) + "\n")
         distributed.barrier()

@@ -65,13 +65,13 @@ def validate(
         batch = batch.to(device)
         loss, _ = engine(batch)
         nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
-        answers = engine(batch, answer=limits)
+        tokens, taken = engine(batch, answer=limits)
         for row, example in enumerate(examples):
             if example is None:
                 continue
-            text = builder.processor.decode(answers.tokens[row])
+            text = builder.processor.decode(tokens[row])
             asked += 1
-            steps += answers.autoregressive_steps(row)
+            steps += taken[row]
             right += is_right(text, example, builder.config.answer)
     engine.train()
     nll, labels, right, asked, steps = total([nll, labels, right, asked, steps], device)

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # run_stage.sh STAGE [OPTION...]   one training stage inside a Slurm allocation.
 #
-#   Command    slurm/stageN.sbatch runs it in a batch job; in an `salloc` shell: bash slurm/run_stage.sh 0
-#   Hardware   whatever was allocated: every node, GPUS_PER_NODE ranks on each (default: its allocated GPUs)
-#   Does       runs pipeline/train.py --stages STAGE --resume auto OPTION... as one task per GPU.  The job succeeds
-#              only if training wrote OUT/stageSTAGE.done
-#   Watch      squeue --me; tail -f slurm/logs/*.out (each line starts with its rank); tensorboard --logdir runs
+#   Command    run by slurm/stageN.sbatch; in an salloc shell: GPUS_PER_NODE=8 bash slurm/run_stage.sh 0
+#   Hardware   all allocated nodes, one rank for each of their GPUs
+#   Does       starts pipeline/train.py --stages STAGE OPTION... as one task per GPU; succeeds only if
+#              training wrote OUT/stageSTAGE.done
+#   Watch      squeue --me; tail -f slurm/logs/ivtlr-stageN-JOB.out; tensorboard --logdir runs
 #
-# One task per GPU, with no launcher between Slurm and the ranks: each rank gets Slurm's signals itself, a dead rank
-# ends the job with that rank's exit code, every log line tells its rank, and nodes need no ssh between them.
+# One task per GPU, with no launcher between Slurm and the ranks: each rank gets Slurm's signals itself, one
+# that dies ends the others and the job, every line of the log tells its rank, and nodes need no ssh.
 #
-# Variables: RECIPE DATA OUT DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA IVTLR_ROOT; see slurm/README.md.
+# Variables, see slurm/README.md:
+# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA IVTLR_ROOT
 set -euo pipefail
 
 fail() {
@@ -39,21 +40,27 @@ if [[ -n ${PYTHON:-} ]]; then
   python=$PYTHON
   command -v "$python" >/dev/null || fail "no Python at PYTHON=$python"
 elif [[ -x .venv/bin/python ]]; then
-  python=.venv/bin/python
+  python=$PWD/.venv/bin/python
 else
   python=python3
   "$python" -c 'import importlib.util as u; raise SystemExit(not u.find_spec("deepspeed"))' 2>/dev/null ||
     fail "no Python environment: make .venv in $root, or set PYTHON to one that has DeepSpeed"
 fi
+# DeepSpeed compiles with the ninja that PATH gives: the environment's own, first
+programs=$(command -v "$python")
+programs=$(cd "${programs%/*}" && pwd)
+export PATH=$programs:$PATH
 
 tasks=${TASKS_PER_NODE:-${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
-[[ $tasks =~ ^[1-9][0-9]*$ ]] || fail "no GPUs in this job; sbatch --gpus-per-node N, or set TASKS_PER_NODE for CPUs"
-cpus=$((SLURM_CPUS_ON_NODE / tasks))
+[[ $tasks =~ ^[1-9][0-9]*$ ]] ||
+  fail "no GPUs in this job: sbatch --gpus-per-node N, or set GPUS_PER_NODE (on CPUs: TASKS_PER_NODE)"
+cpus=${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} # the first node's; the variable looks like 64(x2),32
+cpus=$((cpus / tasks))
 ((cpus > 0)) || cpus=1
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${nodes%%$'\n'*}
-# by job, so that jobs on one node do not meet; below the ports that systems hand out by themselves (32768 and up)
+# by job, so that jobs on one node do not meet; below the ports that systems give out (32768 and up)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
 unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide Slurm's ranks
@@ -63,12 +70,13 @@ read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
 options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage" --resume auto)
 [[ -z ${DATA:-} ]] || options+=(--data "$DATA")
 
-echo "stage $stage of $out: $SLURM_JOB_NUM_NODES nodes x $tasks ranks, $MASTER_ADDR:$MASTER_PORT, job $SLURM_JOB_ID"
+where="$SLURM_JOB_NUM_NODES nodes x $tasks ranks, $MASTER_ADDR:$MASTER_PORT"
+echo "job $SLURM_JOB_ID: stage $stage of $out, $where"
 status=0
-# block: consecutive ranks share a node.  gpu-bind none: a rank sees its node's GPUs, takes the one of its local rank
-# and reaches the others directly
+# block: consecutive ranks share a node.  GPUs stay unbound: a rank sees all of its node's, takes the one of
+# its local rank and reaches the others directly.  (--gpu-bind=none hides which of a shared node's are ours.)
 srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
-  --distribution=block --gpu-bind=none --kill-on-bad-exit=1 --label "${srun_extra[@]}" \
+  --distribution=block --kill-on-bad-exit=1 --label "${srun_extra[@]}" \
   "$python" pipeline/train.py "${options[@]}" "${extra[@]}" "$@" || status=$?
 
 if ((status != 0)); then

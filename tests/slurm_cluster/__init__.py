@@ -1,8 +1,9 @@
-"""A real Slurm cluster of virtual nodes on this machine, for tests: Linux, root, and `apt install slurm-wlm munge iproute2`.
+"""A real Slurm cluster of virtual nodes on this machine, for tests.
 
-The controller and every node have their own host name, network address, processes and shared memory; the nodes claim
-GPUs and CPUs that are not there, so a GPU cluster's unmodified job files are accepted.  Everything lives in namespaces
-under one process that dies with this one, and in one temporary folder.
+The controller and every node have their own host name, network address, processes and shared memory; the
+nodes claim GPUs and CPUs that are not there, so that job files for GPU clusters are accepted as they are.
+Everything lives in namespaces under one process that dies with this one, and in one temporary folder.
+Needs Linux, root and `apt install slurm-wlm munge iproute2`.
 
     with Cluster(nodes=2) as cluster:
         job = cluster.submit("slurm/stage0.sbatch")
@@ -12,6 +13,7 @@ under one process that dies with this one, and in one temporary folder.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +23,20 @@ from pathlib import Path
 from typing import Self
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = "sbatch scontrol sinfo slurmctld slurmd munged ip unshare nsenter setpriv".split()
+PROGRAMS = [
+    "sbatch",
+    "scontrol",
+    "sinfo",
+    "slurmctld",
+    "slurmd",
+    "munged",
+    "ip",
+    "unshare",
+    "nsenter",
+    "setpriv",
+]
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where daemons are
+UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--kill-child", "--mount-proc"]
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
 CONFIG = """\
@@ -53,13 +68,12 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def unavailable() -> str | None:
     """Why no cluster can be started here, or None."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    if absent := [name for name in PROGRAMS if not shutil.which(name, path=path)]:
+    if absent := [name for name in PROGRAMS if not shutil.which(name, path=PATH)]:
         return f"no {', '.join(absent)} on this machine (apt install slurm-wlm munge iproute2)"
     if os.geteuid() != 0:
         return "a test cluster needs root"
-    probe = "unshare --net --uts --mount --pid --fork --mount-proc ip link add t0 type veth peer name t1"
-    if subprocess.run(probe.split(), capture_output=True, env=os.environ | {"PATH": path}).returncode:
+    probe = [*UNSHARE, "ip", "link", "add", "t0", "type", "veth", "peer", "name", "t1"]
+    if subprocess.run(probe, capture_output=True, env=os.environ | {"PATH": PATH}, check=False).returncode:
         return "this machine does not allow new namespaces"
     return None
 
@@ -83,7 +97,7 @@ class Cluster:
         if hasattr(self, "_world"):
             self._world.kill()
             self._world.wait()
-        for _ in range(50):  # daemons that are just being killed may still write here
+        for _attempt in range(50):  # daemons that are just being killed may still write here
             shutil.rmtree(self.state, ignore_errors=True)
             if not self.state.exists():
                 break
@@ -98,7 +112,9 @@ class Cluster:
             enter.append(f"--wd={cwd}")
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         own |= {"SLURM_CONF": str(self.state / "slurm.conf"), **(env or {})}
-        return subprocess.run([*enter, *command], env=own, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [*enter, *command], env=own, capture_output=True, text=True, timeout=60, check=False
+        )
 
     def submit(self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
         """`sbatch COMMAND...`; return the job's id."""
@@ -110,7 +126,8 @@ class Cluster:
         """What `scontrol show job` says, by field."""
         shown = self.run("scontrol", "show", "job", "--oneliner", str(job))
         assert shown.returncode == 0, shown.stderr
-        return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+        fields = re.split(r"\s+(?=[\w:/]+=)", shown.stdout.strip())  # values may hold blanks
+        return dict(field.split("=", 1) for field in fields)
 
     def wait(self, job: int, seconds: float = 60) -> dict[str, str]:
         """The job's fields once it has ended.  A job that has not is cancelled, and an error."""
@@ -118,7 +135,9 @@ class Cluster:
         while (fields := self.job(job))["JobState"] in ACTIVE:
             if time.monotonic() > deadline:
                 self.run("scancel", str(job))
-                raise TimeoutError(f"job {job} is {fields['JobState']} after {seconds} s ({fields['Reason']})")
+                raise TimeoutError(
+                    f"job {job} is {fields['JobState']} after {seconds} s ({fields['Reason']})"
+                )
             time.sleep(0.1)
         return fields
 
@@ -138,19 +157,20 @@ class Cluster:
         files = f"{state}/gpu[0-{self.gpus - 1}]"
         (state / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Count={self.gpus} File={files}\n")
 
-        command = "setpriv --pdeathsig KILL unshare --net --uts --mount --pid --kill-child --mount-proc bash".split()
-        command += [str(HERE / "world.sh"), str(state), str(self.nodes)]
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        # killed with this process, however that ends
+        command = ["setpriv", "--pdeathsig", "KILL", *UNSHARE, "bash", str(HERE / "world.sh"), str(state)]
+        command.append(str(self.nodes))
         with (state / "log" / "world").open("w") as log:
             self._world = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PATH": path}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PATH": PATH}
             )
         for _ in range(300):
             if self._world.poll() is not None:
                 break
-            idle = self.run("sinfo", "--noheader", "--states=idle", "--format=%D").stdout.strip()
-            if idle == str(self.nodes):
-                return
+            if (state / "started").exists():  # before that, nsenter would stay outside
+                idle = self.run("sinfo", "--noheader", "--states=idle", "--format=%D").stdout
+                if idle.strip() == str(self.nodes):
+                    return
             time.sleep(0.1)
         logs = "".join(f"== {p.name}\n{p.read_text()[-2000:]}\n" for p in sorted((state / "log").iterdir()))
         raise RuntimeError(f"the test cluster did not come up:\n{logs}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # world.sh STATE NODES   pid 1 of the test cluster: network, munge, the Slurm controller and the nodes.
 #
-# Started by tests/slurm_cluster/__init__.py in a pid, mount, uts and net namespace of its own.  Nodes are namespaces
-# inside it, with no names anywhere else: when this process dies, all of the cluster is gone.
+# Started by tests/slurm_cluster/__init__.py in namespaces of its own.  Nodes are further namespaces inside, and none
+# has a name: when this process dies, all of the cluster is gone.
 set -euo pipefail
 state=$1 nodes=$2
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -20,11 +20,13 @@ export SLURM_CONF=$state/slurm.conf
 slurmctld -c -i
 
 for ((i = 1; i <= nodes; i++)); do
-  unshare --net --uts --mount --pid --kill-child --mount-proc bash "$here/node.sh" "$state" "node$i" "10.213.0.$i" &
+  unshare --net --uts --mount --pid --kill-child --mount-proc \
+    bash "$here/node.sh" "$state" "node$i" "10.213.0.$i" &
   # the node waits for its cable, which can only be plugged in once its namespace exists
   until [[ $(readlink "/proc/$!/ns/net") != $(readlink /proc/self/ns/net) ]]; do sleep 0.02; done
   ip link add "v$i" type veth peer name eth0 netns "$!"
   ip link set "v$i" master br0 up
 done
 
+touch "$state/started"
 while :; do wait; sleep 1; done # reaps what dies

@@ -1,0 +1,82 @@
+"""Command: one question about one picture.
+
+python -m pipeline.ask --run DIR | --model EXPORT --image F --question Q --choice A --choice B ...
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from data_prep import cli
+from data_prep.errors import UserError
+from data_prep.example import Example, InvalidExample
+from pipeline.evaluate import exports_of, generate_rows
+from pipeline.export import load_export
+from pipeline.prompt import LETTERS, UnusableSample
+from pipeline.score import strict_choice
+
+
+def main(
+    *,
+    question: str,
+    choice: list[str],
+    run: Path | None = None,
+    model: Path | None = None,
+    image: Path | None = None,
+    context: str = "",
+    latents: int | None = None,
+    max_new_tokens: int = 512,
+) -> None:
+    """Answer one multiple-choice question, and show which patches each latent step took.
+
+    --run: a run folder (its last stage answers) or --model: one export; --image: a picture file; --choice: once for
+    each choice, at least twice; --latents: other number of latent steps than trained.
+    """
+    if (run is None) == (model is None):
+        raise UserError("give either --run DIR or --model EXPORT")
+    if latents is not None and latents < 0:
+        raise UserError(f"--latents {latents}: expected 0 or more")
+    folder = exports_of(run)[-1][1] if run else model
+    assert folder is not None
+    try:
+        picture = image.read_bytes() if image else None
+        example = Example("question", "ask", "ask", question, tuple(choice), 0, "", context=context, image=picture)
+        example.validate()
+    except OSError as error:
+        raise UserError(f"--image {image}: {error.strerror}") from None
+    except InvalidExample as error:
+        raise UserError(str(error)) from None
+    loaded = load_export(folder)
+    n = loaded.info.latents if latents is None else latents
+    start = time.perf_counter()
+    try:
+        row = loaded.builder.prompt_row(example, "question", 0, n)
+    except UnusableSample as error:
+        raise UserError(str(error)) from None
+    out = generate_rows(loaded, [row], n, max_new_tokens)
+    seconds = time.perf_counter() - start
+
+    text = loaded.processor.decode(out.tokens[0])
+    picked = strict_choice(text, len(choice), loaded.info.prompt.answer)
+    first = next((i for i, token in enumerate(row.prompt_ids) if token == loaded.processor.image_token_id), 0)
+    for number, step in enumerate(out.steps, 1):
+        patches = (step.columns[0][step.filled[0]] - first).tolist()
+        print(f"latent step {number}: {describe(patches, row.image_grid, loaded.processor.merge)}")
+    print(f"text: {text}")
+    named = f"{LETTERS[picked]} ({choice[picked]})" if picked is not None else "none of the choices"
+    print(f"answer: {named}; {out.autoregressive_steps(0)} autoregressive steps, {seconds:.2f} s")
+
+
+def describe(patches: list[int], grid: list, merge: int) -> str:
+    """Patches as (row, column) of the picture's grid, from 1."""
+    if not patches:
+        return "no patches"
+    _, height, width = grid[0]
+    width, height = width // merge, height // merge
+    places = ", ".join(f"({p // width + 1},{p % width + 1})" for p in patches)
+    return f"patches (row,column) of {height}x{width}: {places}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

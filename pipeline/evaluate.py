@@ -1,0 +1,247 @@
+"""Command: answer a split's questions and score them.  `python -m pipeline.evaluate --run DIR | --model EXPORT`
+
+With --run, two models answer: the last stage's with its latent steps, and stage 0's with its written rationale
+(explicit CoT).  They are not matched in training budget: the first was trained for more steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data_prep import cli
+from data_prep.errors import UserError
+from data_prep.example import Example
+from data_prep.files import write_atomic
+from data_prep.index import BadSample, ShardIndex, open_split
+from pipeline.batch import collate
+from pipeline.export import FILE, LoadedModel, load_export
+from pipeline.latent.decode import Generation
+from pipeline.model import AnswerLimits
+from pipeline.prompt import LETTERS, UnusableSample, question_text
+from pipeline.score import breakdown, strict_choice, wilson_interval
+
+FIELDS = ("domain", "topic", "subject", "grade", "kind", "hops")
+"""Breakdown fields of the known sources; those that a split has are reported."""
+
+
+@dataclass
+class Report:
+    """What one model did on a split."""
+
+    name: str
+    questions: int
+    right: int
+    skipped: int
+    """Samples that could not be used; not counted as questions"""
+    autoregressive_steps: float
+    """Latent steps + generated tokens with eos, mean"""
+    seconds: float
+    """A question alone, median; nan if none was timed"""
+    groups: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """field -> value -> (right, questions)"""
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.questions)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.right, self.questions)
+
+
+def main(
+    *,
+    run: Path | None = None,
+    model: Path | None = None,
+    data: Path | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch: int = 16,
+    timed: int = 16,
+    max_new_tokens: int = 512,
+    latents: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Answer the questions of a split and report strict accuracy, autoregressive steps and seconds a question.
+
+    --run: a run folder (latent and explicit) or --model: one export; --data: shard folder, the training one without
+    it; --limit: so many questions, drawn evenly; --batch: questions decoded at once; --timed: questions answered one
+    by one for the time; --latents: other number of latent steps than trained; --out: folder for predictions and
+    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it.
+    """
+    if (run is None) == (model is None):
+        raise UserError("give either --run DIR or --model EXPORT")
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", limit or 1)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: expected 1 or more")
+    folder = run or model
+    assert folder is not None
+    models = exports_of(run) if run else [("latent", folder)]
+    out = out or folder / "evaluation" / split
+    reports = []
+    for name, export in models:
+        loaded = load_export(export)
+        if latents is not None and name == "latent":
+            name = f"latent n={latents}"
+        index = open_data(loaded, data, split)
+        answers = answer_all(loaded, index, limit, batch, max_new_tokens, latents if "latent" in name else None)
+        reports.append(write_answers(name, answers, loaded, index, out, timed, max_new_tokens))
+    write_atomic(out / "report.json", json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    print(table(reports))
+    print(f"predictions: {out}")
+
+
+def exports_of(run: Path) -> list[tuple[str, Path]]:
+    """(name, folder) of the models of a run to compare.  Raises UserError where it has none."""
+    found = {int(p.name.removeprefix("stage")): p for p in run.glob("export/stage*") if (p / FILE).is_file()}
+    if not found:
+        raise UserError(f"{run} has no export: train a stage to its end with train.export set to stages or last")
+    last = max(found)
+    models = [("latent", found[last])] if last else []
+    return [("explicit", found[0]), *models] if 0 in found else models
+
+
+def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
+    """The split to answer.  Raises UserError."""
+    folder = data or (Path(loaded.info.data) if loaded.info.data else None)
+    if folder is None:
+        raise UserError("give --data DIR: the export does not say which shards it was trained on")
+    return open_split(folder, split)
+
+
+@dataclass
+class Answered:
+    """One question and what the model said."""
+
+    key: str
+    example: Example | None
+    """None for a sample that could not be used"""
+    text: str = ""
+    steps: int = 0
+    reason: str = ""
+
+
+def answer_all(
+    loaded: LoadedModel, index: ShardIndex, limit: int | None, batch: int, max_new_tokens: int, latents: int | None
+) -> Iterator[Answered]:
+    """Answers in the split's order; a bad sample is yielded with its reason."""
+    count = min(limit or len(index), len(index))
+    chosen = [i * len(index) // count for i in range(count)]
+    n = loaded.info.latents if latents is None else latents
+    for start in tqdm(range(0, count, batch), desc=f"stage {loaded.info.stage}", unit="batch", mininterval=2):
+        rows, examples = [], []
+        for i in chosen[start : start + batch]:
+            try:
+                example = index.read(i)
+                rows.append(loaded.builder.prompt_row(example, index.key(i), i, n))
+                examples.append(example)
+            except (BadSample, UnusableSample) as error:
+                yield Answered(index.key(i), None, reason=str(error))
+        if not rows:
+            continue
+        out = generate_rows(loaded, rows, n, max_new_tokens)
+        for row, example in enumerate(examples):
+            text = loaded.processor.decode(out.tokens[row])
+            yield Answered(rows[row].key, example, text, out.autoregressive_steps(row))
+
+
+def generate_rows(loaded: LoadedModel, rows: list, latents: int, max_new_tokens: int) -> Generation:
+    """Decode the rows as one batch."""
+    batch = collate(rows, loaded.processor.row_format, latents).to(loaded.device)
+    return loaded.model.answer(batch, AnswerLimits(max_new_tokens, loaded.processor.eos_id))
+
+
+def seconds_alone(loaded: LoadedModel, index: ShardIndex, timed: int, latents: int, max_new_tokens: int) -> float:
+    """Median seconds of a question answered alone, image and text preparation included; nan for none."""
+    seconds = []
+    for i in range(min(timed, len(index))):
+        try:
+            example = index.read(i)
+            start = time.perf_counter()
+            row = loaded.builder.prompt_row(example, index.key(i), i, latents)
+            generate_rows(loaded, [row], latents, max_new_tokens)  # ends in host values: nothing is left running
+            seconds.append(time.perf_counter() - start)
+        except (BadSample, UnusableSample):
+            continue
+    return float(torch.tensor(seconds).median()) if seconds else float("nan")
+
+
+def write_answers(
+    name: str,
+    answers: Iterator[Answered],
+    loaded: LoadedModel,
+    index: ShardIndex,
+    out: Path,
+    timed: int,
+    max_new_tokens: int,
+) -> Report:
+    """Predictions in M3CoT's result format, one line a question, and the report over them."""
+    style, lines, results, steps, skipped = loaded.info.prompt.answer, [], [], [], 0
+    for answer in answers:
+        example = answer.example
+        if example is None:
+            tqdm.write(f"skipped {answer.key}: {answer.reason}")
+            skipped += 1
+            continue
+        choice = strict_choice(answer.text, len(example.choices), style)
+        results.append((example, choice == example.answer))
+        steps.append(answer.steps)
+        lines.append(json.dumps(prediction(example, answer, choice, loaded), ensure_ascii=False) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{name.replace(' ', '-')}.predictions.jsonl", "".join(lines))
+    present = [f for f in FIELDS if any(f in e.fields for e, _ in results)]
+    return Report(
+        name=name,
+        questions=len(results),
+        right=sum(right for _, right in results),
+        skipped=skipped,
+        autoregressive_steps=sum(steps) / max(1, len(steps)),
+        seconds=seconds_alone(loaded, index, timed, loaded.info.latents, max_new_tokens),
+        groups={f: breakdown((e.fields.get(f, ""), right) for e, right in results) for f in present},
+    )
+
+
+def prediction(example: Example, answer: Answered, choice: int | None, loaded: LoadedModel) -> dict:
+    """A line of predictions.jsonl: M3CoT's fields, and what we know besides."""
+    return {
+        "id": example.id,
+        "choices": list(example.choices),
+        "answer": LETTERS[example.answer],
+        "domain": example.fields.get("domain", example.dataset),
+        "topic": example.fields.get("topic", ""),
+        "messages": [question_text(example, loaded.info.prompt.context), answer.text],
+        "predicted": None if choice is None else LETTERS[choice],
+        "autoregressive_steps": answer.steps,
+        "fields": example.fields,
+    }
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as text: totals, then each breakdown field."""
+    head = f"{'model':<14}{'questions':>10}{'accuracy':>10}{'95% interval':>16}{'steps':>8}{'s/question':>12}"
+    lines = [head]
+    for r in reports:
+        low, high = r.interval
+        interval = f"{low:.1%}-{high:.1%}"
+        lines.append(
+            f"{r.name:<14}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{r.seconds:>12.3f}"
+        )
+        lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
+    for r in reports:
+        for name, groups in r.groups.items():
+            parts = [f"{value or '(none)'} {right / total:.1%} of {total}" for value, (right, total) in groups.items()]
+            lines.append(f"{r.name} by {name}: " + ", ".join(parts))
+    if len(reports) > 1:
+        lines.append("explicit is the stage-0 model: it was trained for fewer steps than the latent one")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

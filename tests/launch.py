@@ -1,0 +1,117 @@
+"""Start training as users do, and read what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's, with one thread a rank and the interpreter's own programs first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def arguments(out: Path, data: Path, *options: str, ds: str = "zero3") -> list[str]:
+    return ["pipeline/train.py", "--ds", f"ds_configs/{ds}.json", "--recipe", str(TINY), "--out", str(out),
+            "--data", str(data), *options]  # fmt: skip
+
+
+def launch(out: Path, data: Path, *options: str, ranks: int = 2, ds: str = "zero3") -> subprocess.Popen:
+    """`deepspeed pipeline/train.py ...` in its own process group, output to OUT.log."""
+    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return _start([*command, *arguments(out, data, *options, ds=ds)], out)
+
+
+def _start(command: list[str], out: Path, **extra: str) -> subprocess.Popen:
+    log = open(f"{out}.log", "a")  # noqa: SIM115  (the child's)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**extra), stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> str:
+    """Train with plain processes, as `srun` starts them; returns the log.  Fails the test where a rank fails."""
+    code, log = try_train(out, data, *options, ranks=ranks, ds=ds)
+    assert code == 0, log[-4000:]
+    return log
+
+
+def try_train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> tuple[int, str]:
+    """The same, giving rank 0's exit status and the log."""
+    Path(f"{out}.log").unlink(missing_ok=True)
+    port = str(free_port())
+    processes = [
+        _start(
+            [sys.executable, *arguments(out, data, *options, ds=ds)], out,
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        code = processes[0].wait(timeout=300)
+        if code == 0:
+            code = max(process.wait(timeout=60) for process in processes)
+    finally:
+        for process in processes:
+            kill_tree(process)
+    return code, Path(f"{out}.log").read_text()
+
+
+def losses(out: Path) -> dict[int, float]:
+    """global step -> loss, from metrics.jsonl; fails where a step appears twice."""
+    found: dict[int, float] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry["global_step"] not in found, f"step {entry['global_step']} appears twice"
+        found[entry["global_step"]] = entry["loss"]
+    return found
+
+
+def wait_for_step(out: Path, global_step: int, process: subprocess.Popen, seconds: float = 240) -> None:
+    """Return once the run has logged `global_step`."""
+    deadline = time.monotonic() + seconds
+    path = out / "metrics.jsonl"
+    while not (path.exists() and f'"global_step": {global_step},' in path.read_text()):
+        assert process.poll() is None, Path(f"{out}.log").read_text()[-4000:]
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.02)
+
+
+def rank_processes(out: Path) -> list[int]:
+    """Process ids of the training ranks of a run folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"pipeline/train.py" in words and str(out).encode() in words and b"--num_accelerators" not in words:
+                if not any(w.endswith(b"launcher.launch") or w == b"deepspeed.launcher.launch" for w in words):
+                    found.append(int(entry.name))
+    return found
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to the whole process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(timeout=30)

@@ -1,0 +1,323 @@
+"""The latent forward against the definition run slowly (tests/pipeline/naive.py): loss, selections, every gradient.
+
+The options meet in a pairwise-covering matrix: every two values of different axes are tried together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from pipeline.backbones.qwen2_vl import Qwen2VL
+from pipeline.batch import Row, collate, masked_row
+from pipeline.latent.attention import ATTENTION_NAME
+from pipeline.latent.forward import LatentConfig, Trace, concatenate, latent_forward
+from pipeline.loss import token_nll
+from tests.pipeline.naive import NaiveRow, full_pass
+from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
+
+WIDE, TALL, SMALL = (3, 4), (5, 2), (2, 3)
+IMAGES = {
+    "one-size": [[WIDE], [WIDE], [WIDE], [WIDE]],
+    "sizes-differ": [[SMALL], [WIDE], [TALL], [(4, 4)]],
+    "several-per-row": [[SMALL, TALL], [WIDE], [SMALL, SMALL, SMALL], [TALL, WIDE]],
+    "text-mixed-in": [[WIDE], [], [TALL], []],
+    "all-text": [[], [], [], []],
+}
+LATENTS = {"n0": [0] * 4, "n1": [1] * 4, "n2": [2] * 4, "n3": [3] * 4, "n-mixed": [2, 0, 3, 1]}
+TEXT, TARGETS = [5, 2, 9, 4], [4, 7, 1, 3]
+AXES = {
+    "latents": list(LATENTS),
+    "latent_grad": ["bptt", "detach"],
+    "positions": ["mrope", "sequential"],
+    "patch_order": ["position", "score"],
+    "images": list(IMAGES),
+    "num_patches": [2, 5],  # 5: three steps want more than most rows have
+    "checkpointing": ["checkpointed", "plain"],
+}
+
+
+def pairwise(axes: dict[str, list]) -> Iterator[dict[str, Any]]:
+    """Few combinations that have every pair of values of two axes: each time the one with most new pairs."""
+
+    def pairs(combination: tuple) -> set:
+        return set(itertools.combinations(zip(axes, combination, strict=True), 2))
+
+    everything = list(itertools.product(*axes.values()))
+    random.Random(0).shuffle(everything)  # else ties go to the first values
+    missing = set().union(*map(pairs, everything))
+    while missing:
+        best = max(everything, key=lambda combination: len(pairs(combination) & missing))
+        missing -= pairs(best)
+        yield dict(zip(axes, best, strict=True))
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return " ".join(f"K{value}" if name == "num_patches" else value for name, value in case.items())
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Qwen2VL, nn.Module]:
+    return tiny_models()
+
+
+def rows_of(stock: nn.Module, images: str, latents: str, seed: int = 0) -> list[Row]:
+    parts = zip(IMAGES[images], TEXT, TARGETS, LATENTS[latents], strict=True)
+    return [make_row(Shape(*part), seed + number, stock) for number, part in enumerate(parts)]
+
+
+@contextmanager
+def checkpointed(backbone: Qwen2VL, enabled: bool) -> Iterator[None]:
+    if enabled:
+        backbone.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    yield
+    backbone.core.gradient_checkpointing_disable()
+
+
+def ours(backbone: Qwen2VL, rows: list[Row], config: LatentConfig, passes: int | None = None) -> tuple[Trace, Tensor]:
+    """The trace of the padded batch, and the NLL of every target token in row-major order."""
+    batch = collate(rows, FORMAT, max(row.latents for row in rows) if passes is None else passes)
+    trace = latent_forward(backbone, batch, config)
+    return trace, token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+
+
+def gradients(vlm: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of every trained parameter; zero where the loss does not depend on it."""
+    trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-4) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error, largest = (actual[name] - gradient).abs().max().item(), gradient.abs().max().item()
+        assert error <= relative * largest + 1e-7, f"{name}: off by {error:.1e} of {largest:.1e}"
+
+
+def taken(trace: Trace, rows: list[Row], row: int) -> list[list[int]]:
+    """Question columns of a row's latent steps, in the row's own numbers and in inserted order."""
+    left = trace.steps[0].candidates.shape[1] - len(rows[row].prompt_ids) if trace.steps else 0
+    steps = trace.steps[: rows[row].latents]
+    return [(step.columns[row][step.filled[row]] - left).tolist() for step in steps]
+
+
+def assert_same(backbone: Qwen2VL, stock: nn.Module, rows: list[Row], config: LatentConfig) -> None:
+    """The padded batch gives the naive rows' loss, selections and gradients."""
+    trace, nll = ours(backbone, rows, config)
+    replayed = config.selection == "random"
+    naive = []
+    for i, row in enumerate(rows):
+        chosen = taken(trace, rows, i)
+        naive.append(NaiveRow(stock, row, config, chosen.__getitem__ if replayed else None))
+        assert min([step.gap for step in naive[i].steps], default=1) > 1e-5, "the scores decide nothing"
+        assert chosen == [step.columns for step in naive[i].steps], f"{row.key}: other patches"
+        for ours_step, step in zip(trace.steps, naive[i].steps, strict=False):
+            torch.testing.assert_close(ours_step.saliency[i, -len(step.scores) :], step.scores, atol=1e-5, rtol=0)
+    expected = torch.cat([row.nll() for row in naive])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(nll.mean(), expected.mean(), atol=1e-5, rtol=0)
+    assert_same_gradients(gradients(backbone.core, nll.mean()), gradients(stock, expected.mean()))
+
+
+@pytest.mark.parametrize("case", list(pairwise(AXES)), ids=case_id)
+def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], case: dict[str, Any]) -> None:
+    backbone, stock = models
+    options = {name: case[name] for name in ("latent_grad", "positions", "patch_order", "num_patches")}
+    with checkpointed(backbone, case["checkpointing"] == "checkpointed"):
+        assert_same(backbone, stock, rows_of(stock, case["images"], case["latents"]), LatentConfig(**options))
+
+
+@pytest.mark.parametrize("patch_order", ["position", "score"])
+@pytest.mark.parametrize("selection", ["least", "uniform", "random", "none"])
+def test_controls_equal_the_definition(models: tuple[Qwen2VL, nn.Module], selection: str, patch_order: str) -> None:
+    config = LatentConfig(num_patches=4, selection=selection, patch_order=patch_order)
+    assert_same(*models, rows_of(models[1], "several-per-row", "n-mixed"), config)
+
+
+@pytest.mark.parametrize("latent_grad", ["bptt", "detach"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_sliding_window_equals_the_definition(latent_grad: str, checkpointing: bool) -> None:
+    backbone, stock = tiny_models(window=6)
+    assert backbone.sliding_window == 6
+    with checkpointed(backbone, checkpointing):
+        config = LatentConfig(num_patches=5, latent_grad=latent_grad)
+        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config)
+
+
+@pytest.mark.parametrize("window", [None, 6], ids=["full", "sliding"])
+def test_the_definition_has_the_masks_of_transformers(window: int | None) -> None:
+    _, stock = tiny_models(window)
+    embeds = torch.randn(15, 64, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(15).expand(3, -1)
+    own = stock.model.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False)
+    torch.testing.assert_close(full_pass(stock, embeds, positions)[0], own.last_hidden_state[0])
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_lora_equals_the_definition(checkpointing: bool) -> None:
+    backbone, stock = lora_models()
+    adapted = {name for name, p in backbone.core.named_parameters() if p.requires_grad}
+    assert len(adapted) == 3 * 7 * 2  # layers, projections, A and B
+    assert all("language_model" in name for name in adapted)
+    with checkpointed(backbone, checkpointing):
+        config = LatentConfig(num_patches=4)
+        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config)
+
+
+def lora_models() -> tuple[Qwen2VL, nn.Module]:
+    """Both models with the same random adapters on all projections of the language model."""
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    scope = Qwen2VL.LORA_SCOPE.format(names=names)
+    backbone, stock = tiny_models()
+    adapters = LoraConfig(r=4, lora_dropout=0.0, target_modules=scope)
+    wrapped = [get_peft_model(vlm, adapters) for vlm in (backbone.vlm, stock)]
+    for vlm in wrapped:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in filter(lambda p: p.requires_grad, vlm.parameters()):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return Qwen2VL(wrapped[0]), wrapped[1].get_base_model()
+
+
+@pytest.mark.parametrize("latent_grad", ["bptt", "detach"])
+def test_checkpointing_changes_no_bit(models: tuple[Qwen2VL, nn.Module], latent_grad: str) -> None:
+    backbone, stock = models
+    rows, config = rows_of(stock, "several-per-row", "n-mixed"), LatentConfig(num_patches=5, latent_grad=latent_grad)
+    results = []
+    for enabled in (False, True):
+        with checkpointed(backbone, enabled):
+            _, nll = ours(backbone, rows, config)
+            results.append(gradients(backbone.core, nll.mean()))
+    assert all(torch.equal(results[1][name], gradient) for name, gradient in results[0].items())
+
+
+@pytest.mark.parametrize("selection", ["attention", "random", "uniform", "least", "none"])
+def test_rows_equal_rows_alone(models: tuple[Qwen2VL, nn.Module], selection: str) -> None:
+    backbone, stock = models
+    rows, config = rows_of(stock, "several-per-row", "n-mixed", seed=20), LatentConfig(num_patches=4, selection=selection)
+    together, nll = ours(backbone, rows, config)
+    alone = [ours(backbone, [row], config) for row in rows]
+    torch.testing.assert_close(nll, torch.cat([nll for _, nll in alone]), atol=5e-5, rtol=0)
+    for i, (trace, _) in enumerate(alone):
+        assert taken(together, rows, i) == taken(trace, [rows[i]], 0)
+    summed = gradients(backbone.core, sum(nll.sum() for _, nll in alone))
+    assert_same_gradients(gradients(backbone.core, nll.sum()), summed)
+
+
+def test_passes_that_no_row_takes_change_nothing(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    rows, config = rows_of(stock, "text-mixed-in", "n1"), LatentConfig(num_patches=4)
+    trace, nll = ours(backbone, rows, config, passes=3)
+    _, expected = ours(backbone, rows, config, passes=1)
+    assert len(trace.steps) == 3 and not any(step.filled.any() or step.active.any() for step in trace.steps[1:])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    assert_same_gradients(gradients(backbone.core, nll.mean()), gradients(backbone.core, expected.mean()))
+
+
+@pytest.mark.parametrize("images", ["one-size", "all-text"])
+def test_masked_rows_change_nothing(models: tuple[Qwen2VL, nn.Module], images: str) -> None:
+    backbone, stock = models
+    rows, config = rows_of(stock, images, "n2"), LatentConfig(num_patches=4)
+    _, expected = ours(backbone, rows, config)
+    _, nll = ours(backbone, [masked_row(FORMAT), *rows, masked_row(FORMAT)], config)
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    assert_same_gradients(gradients(backbone.core, nll.mean()), gradients(backbone.core, expected.mean()))
+
+
+def test_a_batch_of_masked_rows_has_zero_gradients(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, _ = models
+    _, nll = ours(backbone, [masked_row(FORMAT)] * 2, LatentConfig(num_patches=4), passes=2)
+    assert nll.shape == (0,)
+    trained = list(backbone.vlm.parameters())
+    found = torch.autograd.grad(nll.sum(), trained)  # every parameter takes part, as ZeRO-3 needs
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
+
+
+def test_text_only_batch_runs_the_vision_tower(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    calls = []
+    handle = backbone.vision.register_forward_hook(lambda *_: calls.append(1))
+    _, nll = ours(backbone, rows_of(stock, "all-text", "n1"), LatentConfig(num_patches=4))
+    handle.remove()
+    assert calls == [1]
+    found = torch.autograd.grad(nll.mean(), list(backbone.vision.parameters()))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
+
+
+def test_every_column_goes_through_the_decoder_once(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    columns = []
+    handle = backbone.decoder.layers[0].register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1]))
+    rows, latents, patches = rows_of(stock, "one-size", "n3"), 3, 4
+    trace, _ = ours(backbone, rows, LatentConfig(num_patches=patches))
+    handle.remove()
+    question, targets = max(len(row.prompt_ids) for row in rows), max(TARGETS)
+    step = patches + 1
+    assert columns == [question, step, step, step + targets]
+    assert concatenate(trace.hidden).shape[1] == sum(columns) == question + latents * step + targets
+
+
+def test_inserted_embeddings_are_the_image_columns_and_h(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """V comes before h, and both are inputs: the vision tower's output and the last hidden state."""
+    backbone, stock = models
+    rows = rows_of(stock, "one-size", "n2")
+    batch = collate(rows, FORMAT, 2)
+    trace = latent_forward(backbone, batch, LatentConfig(num_patches=3))
+    prompt = backbone.embed_prompt(batch)
+    for number, step in enumerate(trace.steps):
+        inserted = trace.embeds[number + 1][:, :4]
+        for row in range(len(rows)):
+            torch.testing.assert_close(inserted[row, :3], prompt[row, step.columns[row]])
+            torch.testing.assert_close(inserted[row, 3], trace.hidden[number][row, -1])
+
+
+def test_statistics(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    rows = rows_of(stock, "text-mixed-in", "n-mixed")  # 12, 0, 10, 0 image columns; 2, 0, 3, 1 steps
+    batch = collate(rows, FORMAT, 3)
+    trace = latent_forward(backbone, batch, LatentConfig(num_patches=5))
+    sums = {name: float(value) for name, value in trace.statistics(batch).items()}
+    assert sums["latent_steps"] == 6 and sums["rows_with_latents"] == 2
+    assert sums["coverage"] == pytest.approx(10 / 12 + 10 / 10)
+    norms = [trace.steps[s].latent[r].norm().item() for r, n in enumerate([2, 0, 3, 1]) for s in range(n)]
+    assert sums["latent_norm"] == pytest.approx(sum(norms), rel=1e-5)
+    entropy = 0.0
+    for row, count in enumerate([2, 0, 3, 1]):
+        for step in trace.steps[:count]:
+            weights = step.saliency[row][step.candidates[row]].double()
+            weights = weights / weights.sum()
+            entropy -= (weights * weights.log()).sum().item()
+    assert sums["selection_entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_without_a_pass_the_attention_is_the_stock_one(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """The installed attention function does not disturb a plain transformers call, padding included."""
+    backbone, stock = models
+    ids = torch.randint(10, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    assert backbone.decoder.config._attn_implementation == ATTENTION_NAME
+    with torch.no_grad():
+        ours_logits, expected = (vlm(input_ids=ids, attention_mask=mask).logits for vlm in (backbone.core, stock))
+    torch.testing.assert_close(ours_logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+
+
+def test_row_with_more_latents_than_passes_is_refused(models: tuple[Qwen2VL, nn.Module]) -> None:
+    rows = rows_of(models[1], "one-size", "n2")
+    with pytest.raises(ValueError, match="row 0: 2 latents in a batch of 1 passes"):
+        collate(rows, FORMAT, 1)
+
+
+def test_image_columns_that_do_not_match_the_images_are_refused(models: tuple[Qwen2VL, nn.Module]) -> None:
+    row = rows_of(models[1], "one-size", "n0")[0]
+    row.image_grid = [(1, 4, 4)]
+    with pytest.raises(ValueError, match="row 0: 12 image columns for images of 4"):
+        collate([row], FORMAT, 0)

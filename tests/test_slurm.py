@@ -1,0 +1,290 @@
+"""slurm/ on a real two-node Slurm cluster on this machine: with a stand-in for training, then the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster import Cluster, unavailable
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [0, 1, 2, 3]
+
+# What PYTHON names in most tests.  Every rank meets rank 0 at MASTER_ADDR:MASTER_PORT, as process groups do, and
+# leaves a record; STAND_IN says how it ends.
+STAND_IN = """\
+#!{python} -IS
+import json, os, pathlib, signal, socket, sys, time
+env = dict(os.environ)
+rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+if rank == 0:
+    server = socket.create_server(("", address[1]))
+    peers = [server.accept()[0] for _ in range(world - 1)]
+    met = sorted([0] + [int(peer.recv(9)) for peer in peers])
+    for peer in peers:
+        peer.sendall(json.dumps(met).encode())
+        peer.close()
+else:
+    for _ in range(200):
+        try:
+            peer = socket.create_connection(address)
+            break
+        except OSError:
+            time.sleep(0.05)
+    peer.sendall(str(rank).encode())
+    met = json.loads(peer.makefile().read())
+option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+out = pathlib.Path(option["--out"])
+(out / "ranks").mkdir(parents=True, exist_ok=True)
+record = {{"host": socket.gethostname(), "met": met, "argv": sys.argv[1:], "env": env, "cwd": os.getcwd()}}
+(out / "ranks" / f"{{rank}}.json").write_text(json.dumps(record))
+how = env.get("STAND_IN", "done")
+if how.startswith("exit"):
+    if rank == world - 1:
+        sys.exit(int(how.split()[1]))
+    time.sleep(60)
+if how == "done" and rank == 0:
+    (out / f"stage{{option['--stages']}}.done").write_text("{{}}")
+print("trained")
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Cluster(nodes=2, gpus=8) as cluster:
+        yield cluster
+
+
+@dataclass
+class Project:
+    """A checkout whose training is the stand-in."""
+
+    root: Path
+    cluster: Cluster
+
+    def run(self, *command: str, **env: str) -> tuple[dict[str, str], str]:
+        """sbatch, wait; the job's fields and its log."""
+        env = {"PYTHON": str(self.root / "stand-in"), **env}
+        fields = self.cluster.wait(self.cluster.submit(*command, env=env, cwd=self.root))
+        log = self.root / "slurm" / "logs" / f"{fields['JobName']}-{fields['JobId']}.out"
+        assert fields["StdOut"] == str(log)
+        return fields, log.read_text()
+
+    def ranks(self, out: str = "runs/demo") -> list[dict]:
+        """What the ranks recorded, by rank."""
+        files = sorted((self.root / out / "ranks").iterdir(), key=lambda path: int(path.stem))
+        assert [int(path.stem) for path in files] == list(range(len(files)))
+        return [json.loads(path.read_text()) for path in files]
+
+
+def checkout(folder: Path) -> Path:
+    """The launch scripts, unmodified, and as much of a project as they look for."""
+    shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("*.out"))
+    for name in ("pipeline/train.py", "ds_configs/zero3.json"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    stand_in = folder / "stand-in"
+    stand_in.write_text(STAND_IN.format(python=os.path.realpath(sys.executable)))
+    stand_in.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, cluster: Cluster) -> Project:
+    return Project(checkout(tmp_path / "a project"), cluster)
+
+
+# ---- what the job files ask for ----------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", STAGES)
+def test_job_files_are_accepted_as_they_are(cluster: Cluster, stage: int) -> None:
+    done = cluster.run("sbatch", "--test-only", f"slurm/stage{stage}.sbatch", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "using 128 processors on nodes node[1-2]" in done.stderr
+
+
+def test_stages_differ_in_their_number_only() -> None:
+    def settings(stage: int) -> str:
+        lines = (ROOT / f"slurm/stage{stage}.sbatch").read_text().splitlines()
+        code = [line for line in lines if not line.startswith("# ")]
+        return "\n".join(code).replace(f"stage{stage}", "stageN").replace(f'" {stage} ', '" N ')
+
+    assert settings(0).count("N") == 2
+    assert {settings(stage) for stage in STAGES} == {settings(0)}
+
+
+# ---- what reaches the ranks --------------------------------------------------------------------------------
+def test_one_rank_per_gpu_on_both_nodes(project: Project) -> None:
+    stale = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}
+    options = ("--train.seed", "7", "--prompt.text", "two words, *")
+    job, log = project.run(
+        "slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr  1e-5", **stale
+    )
+    assert job["JobState"] == "COMPLETED", log
+    assert (job["JobName"], job["NumNodes"], job["NumTasks"]) == ("ivtlr-stage1", "2", "16")
+    assert job["TresPerNode"] == "gres:gpu:8"
+    ranks = project.ranks()
+    assert len(ranks) == 16
+    port = str(20000 + int(job["JobId"]) % 12000)
+    for rank, record in enumerate(ranks):
+        env = record["env"]
+        assert record["host"] == f"node{1 + rank // 8}"
+        assert record["met"] == list(range(16))
+        assert (env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_NTASKS"]) == (
+            str(rank), str(rank % 8), "16",
+        )  # fmt: skip
+        assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node1", port)
+        assert not stale.keys() & env.keys()
+        assert env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+        assert env["OMP_NUM_THREADS"] == "8"
+        assert record["cwd"] == str(project.root)
+        assert env["PATH"].split(":")[0] == str(project.root)
+        assert record["argv"] == [
+            "pipeline/train.py", "--ds", "ds_configs/zero3.json", "--recipe", "recipes/demo.yaml",
+            "--out", "runs/demo", "--stages", "1", "--resume", "auto", "--data", "data/here",
+            "--optim.lr", "1e-5", *options,
+        ]  # fmt: skip
+    assert {f"{rank:2}: trained" for rank in range(16)} < set(log.splitlines())
+
+
+def test_sbatch_options_and_variables_change_the_number_of_ranks(project: Project) -> None:
+    (project.root / ".venv" / "bin").mkdir(parents=True)
+    (project.root / ".venv" / "bin" / "python").symlink_to(project.root / "stand-in")
+    shape = ("--nodes", "1", "--gpus-per-node", "2")
+    env = {
+        "PYTHON": "",
+        "RECIPE": "recipes/a.b.yaml",
+        "OMP_NUM_THREADS": "3",
+        "SRUN_EXTRA": "--cpus-per-task=4",
+    }
+    job, log = project.run(*shape, "slurm/stage0.sbatch", **env)
+    assert job["JobState"] == "COMPLETED", log
+    ranks = project.ranks("runs/a.b")
+    assert [record["host"] for record in ranks] == ["node1"] * 2
+    env = ranks[1]["env"]
+    assert (env["OMP_NUM_THREADS"], env["SLURM_CPUS_PER_TASK"], env["CUDA_VISIBLE_DEVICES"]) == (
+        "3",
+        "4",
+        "0,1",
+    )
+
+    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch", TASKS_PER_NODE="1", OUT="runs/cpu")
+    assert job["JobState"] == "COMPLETED", log
+    assert [record["host"] for record in project.ranks("runs/cpu")] == ["node1", "node2"]
+
+    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch")
+    assert job["ExitCode"] == "2:0"
+    assert log.startswith("error: no GPUs in this job: "), log
+
+
+# ---- how a job ends ----------------------------------------------------------------------------------------
+def test_one_failing_rank_ends_the_job_and_the_stages_after_it(project: Project) -> None:
+    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "exit 7"}
+    submit = project.cluster.submit
+    first = submit("slurm/stage0.sbatch", env=env, cwd=project.root)
+    second = submit(f"--dependency=afterok:{first}", "slurm/stage1.sbatch", env=env, cwd=project.root)
+    job = project.cluster.wait(first, seconds=30)
+    log = Path(job["StdOut"]).read_text()
+    assert job["JobState"] == "FAILED", log
+    assert "srun: error: node2: task 15: Exited with exit code 7" in log.splitlines()
+    assert log.splitlines()[-1].startswith("error: stage 0: training ended with status ")
+    assert project.cluster.wait(second)["JobState"] == "CANCELLED"
+
+
+def test_no_marker_is_a_failure(project: Project) -> None:
+    job, log = project.run("slurm/stage3.sbatch", STAND_IN="no marker")
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert log.splitlines()[-1] == "error: stage 3: training ended without writing runs/demo/stage3.done"
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+def refused(folder: Path, script: str, *arguments: str, **env: str) -> str:
+    """The error line of a script started outside of Slurm (or where `env` pretends)."""
+    env = {"PATH": "/usr/bin:/bin", **env}
+    command = ["bash", str(folder / "slurm" / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "project")
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(folder)}
+    here = {"IVTLR_ROOT": str(tmp_path)}
+    script = "run_stage.sh"
+    how = "not in a Slurm job; from the project root: sbatch slurm/stage2.sbatch"
+    assert refused(folder, script, "2") == refused(folder, "stage2.sbatch") == f"error: {how}"
+    assert refused(folder, script) == "error: give the stage's number: run_stage.sh STAGE [OPTION...]"
+    where = f"error: {tmp_path} is not the project root; submit from there, or set IVTLR_ROOT"
+    assert refused(folder, script, "2", **job | here) == where
+    where = f"error: no {tmp_path}/slurm/run_stage.sh; submit from the project root, or set IVTLR_ROOT"
+    assert refused(folder, "stage2.sbatch", **job | here) == where
+    assert refused(folder, script, "2", **job, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
+    assert refused(folder, script, "2", **job, PYTHON="no/python") == "error: no Python at PYTHON=no/python"
+    bare = tmp_path / "bin"  # has bash, but no Python with DeepSpeed
+    bare.mkdir()
+    (bare / "bash").symlink_to("/bin/bash")
+    assert refused(folder, script, "2", **job, PATH=str(bare)) == (
+        f"error: no Python environment: make .venv in {folder}, or set PYTHON to one that has DeepSpeed"
+    )
+
+
+# ---- the test cluster itself -------------------------------------------------------------------------------
+def test_a_cluster_leaves_nothing_behind(cluster: Cluster) -> None:
+    def processes_of(state: Path) -> list[str]:
+        commands = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline")]
+        return [command for command in commands if str(state) in command]
+
+    with pytest.raises(KeyboardInterrupt), Cluster(nodes=1, gpus=1) as other:
+        job = other.submit("--output=/dev/null", "--wrap=sleep 60")
+        assert other.job(job)["JobState"] in ("PENDING", "RUNNING")
+        assert processes_of(other.state)
+        raise KeyboardInterrupt
+    assert not other.state.exists()
+    assert not processes_of(other.state)
+
+
+# ---- the real training program -----------------------------------------------------------------------------
+@pytest.mark.slow
+def test_stages_train_one_after_another(tmp_path: Path, cluster: Cluster) -> None:
+    out = tmp_path / "run"
+    env = {
+        "PYTHON": sys.executable,
+        "RECIPE": "tests/tiny.yaml",
+        "OUT": str(out),
+        "DATA": str(tmp_path / "data"),
+        "EXTRA": "--data.workers 0 --train.val_samples 0",
+        "TASKS_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def train(stage: int) -> tuple[dict[str, str], str]:
+        script = f"slurm/stage{stage}.sbatch"
+        job = cluster.submit(f"--output={tmp_path}/%x.out", script, env=env, cwd=ROOT)
+        fields = cluster.wait(job, seconds=120)
+        return fields, (tmp_path / f"ivtlr-stage{stage}.out").read_text()
+
+    job, log = train(0)
+    assert job["JobState"] == "COMPLETED", log
+    assert "ZeRO-3 on 2 ranks" in log
+    job, log = train(2)
+    assert job["JobState"] == "FAILED", log
+    assert [line for line in log.splitlines() if line.startswith("0: error: ")], log
+    assert not (out / "stage2.done").exists()
+    for stage in (1, 2):
+        job, log = train(stage)
+        assert job["JobState"] == "COMPLETED", log
+        assert "resumed from" in log
+        assert json.loads((out / f"stage{stage}.done").read_text())["stage"] == stage

@@ -1,0 +1,317 @@
+"""Training through the public command on real DeepSpeed ranks (gloo): the numbers, resume, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.index import open_split
+from pipeline.backbones import BACKBONES
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import load_config
+from pipeline.engine import add_latent_token, learning_rate
+from pipeline.lease import Lease
+from pipeline.loader import Share, StageSteps
+from pipeline.model import LatentModel, add_lora, decay_groups
+from pipeline.prepare import make_data
+from pipeline.prompt import RowBuilder
+from tests import launch
+from tests.launch import TINY, losses, train, try_train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The tiny recipe's shards, made by its own command."""
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    make_data(load_config(TINY, {"data.path": str(folder)}), print)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, data):
+    """An uninterrupted 2-rank ZeRO-3 run: what others are compared with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, data, ranks=2)
+    return out
+
+
+def plain_losses(out, data, *, steps, **overrides):
+    """The same training by plain PyTorch: one process, whole batches, no DeepSpeed.  Starts from OUT/base."""
+    config = load_config(TINY, {"data.path": str(data), **overrides})
+    base = config.model.path or out / "base"
+    family = BACKBONES["qwen2_vl"]
+    processor = family.processor(base, config.prompt)
+    vlm = family.load(base, torch.float32)
+    torch.manual_seed(config.train.seed)
+    add_latent_token(vlm, processor.tokenizer)
+    if config.model.lora:
+        vlm = add_lora(vlm, config.model)
+    model = LatentModel(family(vlm), config.latent).train()
+    o = config.optim
+    groups = decay_groups(model, o.weight_decay, o.decay_vectors)
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    builder = RowBuilder(processor, config.prompt, config.latent.num_patches)
+    index = open_split(data, "train")
+    size = config.train.global_batch
+    stages = [
+        StageSteps(index, builder, config.curriculum, stage, Share(0, 1, size, size), config.train.seed, "drop")
+        for stage in range(len(config.curriculum.stages))
+    ]
+    batches = [batch for stage in stages for step in range(len(stage)) for batch in stage[step]]
+    found = []
+    for step, batch in enumerate(batches[:steps]):
+        nll, _ = model(batch)
+        loss = nll / int(batch.target_mask.sum())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], o.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(o, step, len(batches))
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def assert_losses(actual, expected, tolerance):
+    assert len(actual) >= len(expected)
+    errors = [abs(actual[step] - loss) for step, loss in enumerate(expected)]
+    assert max(errors) <= tolerance, f"losses differ by {max(errors):.2e} at step {errors.index(max(errors))}"
+
+
+def test_zero3_equals_plain_pytorch(whole_run, data):
+    """20 steps over two stage changes, every parameter trained."""
+    expected = plain_losses(whole_run, data, steps=20)
+    assert expected[-1] < expected[0]
+    assert_losses(losses(whole_run), expected, 1e-5)
+
+
+def test_zero3_equals_plain_pytorch_lora(whole_run, data, tmp_path):
+    """The same with LoRA on a pretrained folder: here the run's own first export."""
+    lora = {
+        "model.scratch": "none",
+        "model.path": str(whole_run / "export" / "stage0"),
+        "model.lora": "{r: 4, alpha: 8, dropout: 0}",
+        "optim.lr": "0.01",
+    }
+    out = tmp_path / "lora"
+    train(out, data, *[word for k, v in lora.items() for word in (f"--{k}", v)], ranks=2)
+    expected = plain_losses(out, data, steps=20, **lora)
+    assert_losses(losses(out), expected, 1e-5)
+    state = Checkpoints(out).all()[-1].state
+    assert len(state.base_hash) == 64, "a LoRA checkpoint names its base"
+    sizes = sum(p.stat().st_size for p in Checkpoints(out).all()[-1].path.rglob("*model_states.pt"))
+    assert sizes < (whole_run / "export" / "stage0" / "model.safetensors").stat().st_size, "frozen weights are stored"
+
+
+@pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3_offload"])
+def test_other_zero_stages(whole_run, data, tmp_path, ds):
+    train(tmp_path / "run", data, "--stages", "0", ranks=2, ds=ds)
+    expected = [loss for step, loss in losses(whole_run).items() if step < 8]
+    assert_losses(losses(tmp_path / "run"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("ranks, options", [(1, ["--train.micro_batch", "3"]), (3, [])])
+def test_any_world_size(whole_run, data, tmp_path, ranks, options):
+    """8 rows over 3 ranks, or in micro-batches of 3: short shares get masked rows, the loss stays."""
+    train(tmp_path / "run", data, "--stages", "0-1", *options, ranks=ranks)
+    expected = [loss for step, loss in losses(whole_run).items() if step < 16]
+    assert_losses(losses(tmp_path / "run"), expected, 1e-5)
+
+
+def test_one_stage_at_a_time(whole_run, data, tmp_path):
+    """Three starts of one stage each give what one start of three gives; a stage without its predecessor does not."""
+    out = tmp_path / "run"
+    code, log = try_train(out, data, "--stages", "1", ranks=2)
+    assert code == 2
+    assert "error: stage 1 starts from the end of stage 0" in log
+    for stage in "012":
+        train(out, data, "--stages", stage, ranks=2)
+    assert losses(out) == losses(whole_run)
+    assert all((out / f"stage{stage}.done").exists() for stage in range(3))
+
+
+def test_reset_optimizer_in_one_launch_or_two(data, tmp_path):
+    for out, starts in ((tmp_path / "one", ["0-1"]), (tmp_path / "two", ["0", "1"])):
+        for stages in starts:
+            train(out, data, "--stages", stages, "--curriculum.reset_optimizer", "true")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+@pytest.mark.parametrize("victim", ["rank", "launcher", "tree"])
+def test_killed_and_resumed(whole_run, data, tmp_path, victim):
+    """SIGKILL in stage 1 (after its checkpoint at step 3), then the same command again."""
+    out = tmp_path / "run"
+    process = launch.launch(out, data)
+    launch.wait_for_step(out, 12, process)
+    if victim == "rank":
+        os.kill(launch.rank_processes(out)[-1], signal.SIGKILL)
+    elif victim == "launcher":
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        launch.kill_tree(process)
+    process.wait(timeout=60)
+    again = launch.launch(out, data, "--resume", "auto")
+    try:
+        assert again.wait(timeout=240) == 0, Path(f"{out}.log").read_text()[-4000:]
+    finally:
+        launch.kill_tree(again)
+        for pid in launch.rank_processes(out):
+            os.kill(pid, signal.SIGKILL)
+    assert "resumed from" in Path(f"{out}.log").read_text()
+    resumed, expected = losses(out), losses(whole_run)
+    assert resumed.keys() == expected.keys()
+    assert max(abs(resumed[s] - expected[s]) for s in expected) <= 1e-6
+
+
+def test_run_folder_in_use(data, tmp_path):
+    out = tmp_path / "run"
+    long = "[{latents: 0, skip: 0, steps: 5000}]"
+    first = launch.launch(out, data, "--curriculum.stages", long, ranks=1)
+    try:
+        launch.wait_for_step(out, 0, first)
+        code, log = start(out, data, "--curriculum.stages", long)
+        assert code == 2
+        assert "is in use by process" in log
+    finally:
+        launch.kill_tree(first)
+        for pid in launch.rank_processes(out):
+            os.kill(pid, signal.SIGKILL)
+
+
+def start(out, data, *options):
+    """One process of the training command; (exit status, what it said)."""
+    done = subprocess.run(
+        [sys.executable, *launch.arguments(out, data, *options)],
+        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_finished_run_does_nothing(whole_run, data):
+    before = (whole_run / "metrics.jsonl").read_text()
+    code, log = start(whole_run, data)
+    assert code == 0 and "nothing to do" in log
+    assert (whole_run / "metrics.jsonl").read_text() == before
+
+
+BAD = {
+    "unknown option": (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --optim.lr?"),
+    "bad value": (["--optim.lr", "fast"], "optim.lr: Input should be a valid number"),
+    "batch sizes": (
+        ["--train.micro_batch", "3", "--train.accumulation", "1"],
+        "micro-batch 3 x accumulation 1 x 1 ranks = 3 does not fit the global batch of 8",
+    ),
+    "stages": (["--stages", "0-9"], "--stages 0-9: expected one of 0 to 2"),
+    "recipe": (["--model.scratch", "none"], "give either model.path or model.scratch"),
+    "patches": (["--latent.num_patches", "10"], "latent.num_patches 10 is more than the 9 patches of a 84x84 image"),
+    "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all has no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(whole_run, data, tmp_path, case):
+    options, message = BAD[case]
+    arguments = launch.arguments(tmp_path / "run", data)
+    if "--data" in options:
+        arguments = arguments[: arguments.index("--data")]
+    done = subprocess.run(
+        [sys.executable, *arguments, *options],
+        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"error: {message}" in done.stderr.replace(f"{TINY}: ", "")
+    assert "Traceback" not in done.stderr
+
+
+def test_other_settings_in_a_used_folder(whole_run, data):
+    code, log = start(whole_run, data, "--train.seed", "5")
+    assert code == 2
+    assert "train.seed is 5 but" in log and "was trained with 0" in log
+
+
+def test_index_that_disagrees_with_its_manifest(data, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    index = broken / "train.index.npy"
+    index.write_bytes(index.read_bytes()[:-1] + b"\x01")
+    code, log = start(tmp_path / "run", broken)
+    assert code == 2
+    assert "its hash differs" in log
+
+
+def test_corrupt_image_is_skipped_by_name(data, tmp_path):
+    """A sample that went bad since preparation keeps its slot as a masked row, and is named."""
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    index = open_split(broken, "train")
+    record = index.records[7]
+    with open(broken / index.shards[0], "r+b") as tar:
+        tar.seek(int(record["image_offset"]) + 40)
+        tar.write(b"garbage")
+    log = train(tmp_path / "run", broken, "--stages", "0", "--curriculum.stages", "[{latents: 0, skip: 0, epochs: 1}]")
+    assert f"skipped {index.key(7)}: its bytes in" in log
+    code, log = try_train(
+        tmp_path / "strict", broken, "--curriculum.stages", "[{latents: 0, skip: 0, epochs: 1}]", "--data.max_bad", "0"
+    )
+    assert code == 2
+    assert "error: 1 samples could not be used, more than data.max_bad 0" in log
+
+
+def test_damaged_checkpoint_is_refused(data, tmp_path):
+    out = tmp_path / "run"
+    train(out, data, "--stages", "0")
+    newest = Checkpoints(out).all()[-1]
+    victim = next(newest.path.rglob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    code, log = try_train(out, data, "--stages", "1")
+    assert code == 2
+    assert f"error: checkpoint {newest.path}: {victim.name} is damaged" in log
+
+
+def test_tensorboard(whole_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole_run / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    for name in ("train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s", "speed/samples_per_s",
+                 "time/data_wait", "time/forward", "time/backward", "time/step", "memory/allocated_gb",
+                 "curriculum/stage", "latent/norm", "latent/selection_entropy", "latent/coverage", "val/accuracy"):  # fmt: skip
+        assert name in tags, name
+    assert [e.value for e in events.Scalars("curriculum/stage")] == [0] * 4 + [1] * 4 + [2] * 4
+    last = events.Scalars("latent/coverage")[-1].value
+    assert last == pytest.approx(4 / 9), "two steps of two patches of nine"
+
+
+def test_best_comes_from_validation(whole_run):
+    best = json.loads((whole_run / "best-stage2.json").read_text())
+    assert (whole_run / "checkpoints" / best["checkpoint"] / "manifest.json").exists()
+
+
+def test_timing_of_lease(tmp_path):
+    """A holder that no longer exists is replaced at once; a living one is not."""
+    first = Lease(tmp_path)
+    first.acquire()
+    with pytest.raises(UserError, match="is in use by process"):
+        Lease(tmp_path).acquire(grace=0.1)
+    content = json.loads((tmp_path / "lease.json").read_text())
+    content["started"] = "0"  # another process had this number
+    (tmp_path / "lease.json").write_text(json.dumps(content))
+    began = time.monotonic()
+    second = Lease(tmp_path)
+    second.acquire()
+    assert time.monotonic() - began < 5
+    second.release()
+    assert not (tmp_path / "lease.json").exists()
