@@ -11,6 +11,7 @@ spaces (SentencePiece's own mark for them, U+2581, would be lost where a text co
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,17 +156,17 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int) -> PreTrai
 
 
 def texts_of_folder(data: Path) -> Iterator[str]:
-    """The training texts of a shard folder's train split.
+    """The training texts of a shard folder's train split; samples that went bad are left out and named.
 
     Raises:
         UserError: no sound shard folder.
     """
     index = open_split(data, "train")
-    try:
-        for position in range(len(index)):
+    for position in range(len(index)):
+        try:
             yield from training_texts(index.read(position))
-    except BadSample as error:
-        raise UserError(f"--data {data}: bad sample {error}") from error
+        except BadSample as error:
+            print(f"skipped {error}", file=sys.stderr)
 
 
 def texts_of_file(corpus: Path) -> Iterator[str]:

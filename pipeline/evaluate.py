@@ -36,6 +36,7 @@ class Report:
     """What one model did on a split."""
 
     name: str
+    stage: int
     questions: int
     right: int
     skipped: int
@@ -199,6 +200,7 @@ def write_answers(
     present = [f for f in FIELDS if any(f in e.fields for e, _ in results)]
     return Report(
         name=name,
+        stage=loaded.info.stage,
         questions=len(results),
         right=sum(right for _, right in results),
         skipped=skipped,

@@ -1,0 +1,57 @@
+"""Command: what a run came to, as one short table.  `python -m pipeline.summary --run DIR`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_prep import cli
+from data_prep.errors import UserError
+from pipeline.score import wilson_interval
+
+
+def main(*, run: Path, split: str = "test") -> None:
+    """Print each stage's last loss and validation, the evaluation of a split, and where everything lies."""
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run} is not a run folder: it has no metrics.jsonl")
+    print("\n".join(lines(run, split)))
+
+
+def lines(run: Path, split: str) -> list[str]:
+    """The table's lines."""
+    steps, loss = stage_losses(run)
+    reports = {r["stage"]: r for r in read_reports(run / "evaluation" / split)}
+    out = [f"{'stage':<8}{'steps':>7}{'loss':>9}{'accuracy (95% interval)':>28}{'autoregr. steps':>17}{'s/question':>12}"]
+    for stage in sorted(steps):
+        row = f"{stage:<8}{steps[stage]:>7}{loss[stage]:>9.4f}"
+        if stage in reports:
+            r = reports[stage]
+            low, high = wilson_interval(r["right"], r["questions"])
+            accuracy = f"{r['right'] / max(1, r['questions']):.1%} ({low:.1%} to {high:.1%})"
+            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}{r['seconds']:>12.3f}  {r['name']}, N={r['questions']}"
+        out.append(row)
+    out.append(f"TensorBoard:    tensorboard --logdir {run / 'tensorboard'}")
+    exports = sorted((run / "export").glob("stage*"))
+    out += [f"exported model: {exports[-1]}"] if exports else []
+    out += [f"predictions:    {run / 'evaluation' / split}"] if reports else []
+    return out
+
+
+def stage_losses(run: Path) -> tuple[dict[int, int], dict[int, float]]:
+    """By stage: steps done, and the mean loss of the last 10."""
+    found: dict[int, list[float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        found.setdefault(entry["stage"], []).append(entry["loss"])
+    last = {stage: losses[-10:] for stage, losses in found.items()}
+    return {s: len(x) for s, x in found.items()}, {s: sum(x) / len(x) for s, x in last.items()}
+
+
+def read_reports(folder: Path) -> list[dict]:
+    """The evaluation's reports; none where it has not been run."""
+    path = folder / "report.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+if __name__ == "__main__":
+    cli.run(main)
