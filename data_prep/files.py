@@ -33,5 +33,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

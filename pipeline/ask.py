@@ -6,6 +6,7 @@ python -m pipeline.ask --run DIR | --model EXPORT --image F --question Q --choic
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import cli
@@ -13,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
 from pipeline.evaluate import exports_of, generate_rows
 from pipeline.export import load_export
-from pipeline.prompt import LETTERS, UnusableSample
+from pipeline.prompt import LETTERS, Grid, UnusableSample
 from pipeline.score import strict_choice
 
 
@@ -68,7 +69,7 @@ def main(
     print(f"answer: {named}; {out.autoregressive_steps(0)} autoregressive steps, {seconds:.2f} s")
 
 
-def describe(patches: list[int], grid: list, merge: int) -> str:
+def describe(patches: list[int], grid: Sequence[Grid], merge: int) -> str:
     """Patches as (row, column) of the picture's grid, from 1."""
     if not patches:
         return "no patches"

@@ -7,7 +7,8 @@ right-padded.  Shapes: B rows, P question columns, R columns of remaining steps,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,11 +108,10 @@ class Batch:
         return int(self.prompt_mask.sum() + self.target_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in fields(self)
-        }
-        return Batch(**moved)
+        """The same with every tensor on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:

@@ -95,7 +95,9 @@ class Checkpoints:
         inside = [c for c in self.all() if c.state.stage == stage]
         return inside[-1] if inside else None
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, state: RunState, world: World, without_frozen: bool) -> Checkpoint:
+    def save(
+        self, engine: deepspeed.DeepSpeedEngine, state: RunState, world: World, without_frozen: bool
+    ) -> Checkpoint:
         """Write a checkpoint; all ranks call it together."""
         writing = self.folder / WRITING
         if world.main:

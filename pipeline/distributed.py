@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -14,6 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging as transformers_logging
 
+T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for rank 0 to prepare data or a base model."""
 
@@ -72,22 +75,22 @@ def barrier() -> None:
     dist.barrier()
 
 
-def total(values: list[float], device: torch.device) -> list[float]:
+def total(values: Sequence[float], device: torch.device) -> list[float]:
     """Sums over all ranks, in fp64: one small collective."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def from_main(value: object) -> object:
+def from_main(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def gather(value: object) -> list[object]:
+def gather(value: T) -> list[T]:
     """Every rank's value, on every rank."""
-    box: list[object] = [None] * dist.get_world_size()
+    box: list = [None] * dist.get_world_size()
     torch.distributed.all_gather_object(box, value)
     return box

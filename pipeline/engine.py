@@ -156,7 +156,7 @@ def build_engine(
     return engine
 
 
-def add_latent_token(vlm: nn.Module, tokenizer: Any) -> None:
+def add_latent_token(vlm: Any, tokenizer: Any) -> None:
     """Give the tokenizer the latent token, and the model a row for it: the mean of the rows in use.
 
     A padded vocabulary (Qwen2-VL-7B: 152,064 rows for fewer tokens) is used as it is and never shrinks.

@@ -82,9 +82,7 @@ class Lease:
         while not self._stop.wait(RENEW):
             if not self._is_ours():
                 holder = self._read() or {}
-                self._lost = (
-                    f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
-                )
+                self._lost = f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
                 return
             write_atomic(self.path, json.dumps(self._content()))
 

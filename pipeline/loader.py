@@ -6,7 +6,7 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,8 @@ class Share:
     @property
     def accumulation(self) -> int:
         """Micro-batches of a step, the same on every rank."""
-        return -(-(-(-self.global_batch // self.world)) // self.micro_batch)
+        share = -(-self.global_batch // self.world)
+        return -(-share // self.micro_batch)
 
 
 class StageSteps(Dataset):
@@ -52,7 +53,10 @@ class StageSteps(Dataset):
         self.passes = curriculum.stages[stage].latents
         if curriculum.mix:
             self.passes = max(s.latents for s in curriculum.stages[: stage + 1])
-        samples, batch = len(index), share.global_batch
+        self.chosen = matching(index, curriculum.stages[stage].where)
+        shards = index.records["shard"][self.chosen]
+        self._sizes = np.bincount(shards, minlength=len(index.shard_sizes)).tolist()
+        samples, batch = len(self.chosen), share.global_batch
         self.steps_per_epoch = samples // batch if last_batch == "drop" else -(-samples // batch)
         self._epoch: tuple[int, EpochOrder] | None = None
 
@@ -65,8 +69,9 @@ class StageSteps(Dataset):
         """(epoch, sample indices of the global batch) of a step."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, EpochOrder(self.index.shard_sizes, self.seed, self.stage, epoch))
-        return epoch, self._epoch[1].take(batch * self.share.global_batch, self.share.global_batch)
+            self._epoch = (epoch, EpochOrder(self._sizes, self.seed, self.stage, epoch))
+        places = self._epoch[1].take(batch * self.share.global_batch, self.share.global_batch)
+        return epoch, np.where(places == EMPTY, EMPTY, self.chosen[places])
 
     def __getitem__(self, step: int) -> list[Batch]:
         epoch, samples = self.samples(step)
@@ -80,6 +85,24 @@ class StageSteps(Dataset):
     def _row(self, sample: int, epoch: int) -> Row:
         stage = self.curriculum.stages[stage_of_row(self.curriculum, self.stage, self.seed, epoch, sample)]
         return training_row(self.index, self.builder, sample, stage, self.curriculum.groups)
+
+
+def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndarray:
+    """Positions of the samples whose breakdown fields have the values that `where` lists; all without it.
+
+    Reads every sample once if there is something to compare.  A bad sample matches: it is to be counted as bad.
+    """
+    if not where:
+        return np.arange(len(index))
+
+    def matches(position: int) -> bool:
+        try:
+            fields = index.read(position).fields
+        except BadSample:
+            return True
+        return all(fields.get(name) in values for name, values in where.items())
+
+    return np.array([i for i in range(len(index)) if matches(i)], dtype=np.int64)
 
 
 def training_row(index: ShardIndex, builder: RowBuilder, sample: int, stage: StageConfig, groups: int) -> Row:

@@ -12,7 +12,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
 from pipeline.latent.decode import Generation, generate
-from pipeline.latent.forward import LatentConfig, latent_forward
+from pipeline.latent.forward import Backbone, LatentConfig, latent_forward
 from pipeline.loss import token_nll
 
 
@@ -28,7 +28,10 @@ class AnswerLimits:
 class LatentModel(nn.Module):
     """What DeepSpeed wraps: one call is all passes of a micro-batch."""
 
-    def __init__(self, backbone: nn.Module, latent: LatentConfig) -> None:
+    backbone: Backbone
+
+    def __init__(self, backbone: Backbone, latent: LatentConfig) -> None:
+        """backbone: one of `pipeline.backbones`, an nn.Module."""
         super().__init__()
         self.backbone, self.latent = backbone, latent
 
@@ -81,7 +84,8 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 def decay_groups(model: nn.Module, weight_decay: float, decay_vectors: bool) -> list[dict]:
     """Two parameter groups for AdamW: decayed (matrices) and not (norms, biases); empty ones are left out."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # ZeRO-3 keeps a partitioned parameter's own shape aside

@@ -97,7 +97,7 @@ class Monitor:
             return
         self._steps = run / "metrics.jsonl"
         self._forget_from(first_step)
-        self._file = open(self._steps, "a", buffering=1)
+        self._file = open(self._steps, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         if first_step == 0:
             self._board.add_custom_scalars(LAYOUT)

@@ -49,9 +49,7 @@ class Plan:
         return self.start.state.step
 
 
-def make_plan(
-    config: RunConfig, ds_path: Path, out: Path | None, stages: str | None, resume: str, world: int
-) -> Plan:
+def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | None, resume: str, world: int) -> Plan:
     """Check everything that needs no model.  Raises UserError with all problems, one line each."""
     out = out or Path("runs") / config.name
     problems: list[str] = []
@@ -100,7 +98,9 @@ def where_to_start(
 ) -> tuple[list[int], Checkpoint | None]:
     """Stages that are left, and the checkpoint to begin with.  Raises UserError where an earlier stage is missing."""
     if resume == "never" and checkpoints.all():
-        raise UserError(f"{checkpoints.folder.parent} holds a run; --resume auto goes on with it, or choose another --out")
+        raise UserError(
+            f"{checkpoints.folder.parent} holds a run; --resume auto goes on with it, or choose another --out"
+        )
     left = [stage for stage in stages if checkpoints.stage_end(stage) is None]
     if not left:
         return [], None
@@ -153,7 +153,10 @@ def check_same_run(config: RunConfig, out: Path) -> None:
     different = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
     if different:
         raise UserError(
-            *(f"{k} is {now.get(k)} but {out} was trained with {before.get(k)}; choose another --out" for k in different)
+            *(
+                f"{k} is {now.get(k)} but {out} was trained with {before.get(k)}; choose another --out"
+                for k in different
+            )
         )
 
 

@@ -7,6 +7,7 @@ changes no other token.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from data_prep.example import MAX_PIXELS, Example
 from pipeline.batch import Row, RowFormat
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Grid = tuple[int, int, int]
+"""Vision patches of an image in time, height, width"""
 ANSWER = "Therefore, the answer is "
 
 
@@ -42,20 +45,23 @@ class PromptConfig(BaseModel):
 class Processor(Protocol):
     """What row building needs of a backbone's processor; see `pipeline.backbones`."""
 
-    row_format: RowFormat
-    eos_id: int
+    @property
+    def row_format(self) -> RowFormat: ...
+
+    @property
+    def eos_id(self) -> int: ...
 
     def text_ids(self, text: str) -> list[int]: ...
 
-    def prompt_ids(self, text: str, grids: list[tuple[int, int, int]]) -> list[int]: ...
+    def prompt_ids(self, text: str, grids: Sequence[Grid]) -> list[int]: ...
 
-    def image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]: ...
+    def image(self, image: Image.Image) -> tuple[np.ndarray, Grid]: ...
 
     def image_columns(self, width: int, height: int) -> int: ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
-    def positions(self, ids: list[int], grids: list[tuple[int, int, int]]) -> np.ndarray: ...
+    def positions(self, ids: Sequence[int], grids: Sequence[Grid]) -> np.ndarray: ...
 
 
 class UnusableSample(ValueError):
@@ -104,7 +110,8 @@ class RowBuilder:
         """The question alone, ready for `latents` latent steps.  Raises UnusableSample."""
         if len(example.choices) > len(LETTERS):
             raise UnusableSample(f"{len(example.choices)} choices, more than there are letters")
-        pixels, grids = None, []
+        pixels: np.ndarray | None = None
+        grids: list[Grid] = []
         if example.image is not None:
             try:
                 pixels, grid = self.processor.image(open_image(example.image))
@@ -138,5 +145,5 @@ class RowBuilder:
         row.target_ids = [token for piece in pieces for token in piece] + answer
         return row
 
-    def _image_columns(self, grids: list[tuple[int, int, int]]) -> int:
-        return sum(t * h * w for t, h, w in grids) // self.processor.row_format.merge ** 2
+    def _image_columns(self, grids: Sequence[Grid]) -> int:
+        return sum(t * h * w for t, h, w in grids) // self.processor.row_format.merge**2

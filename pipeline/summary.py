@@ -21,14 +21,17 @@ def lines(run: Path, split: str) -> list[str]:
     """The table's lines."""
     steps, loss = stage_losses(run)
     reports = {r["stage"]: r for r in read_reports(run / "evaluation" / split)}
-    out = [f"{'stage':<8}{'steps':>7}{'loss':>9}{'accuracy (95% interval)':>28}{'autoregr. steps':>17}{'s/question':>12}"]
+    out = [
+        f"{'stage':<8}{'steps':>7}{'loss':>9}{'accuracy (95% interval)':>28}{'autoregr. steps':>17}{'s/question':>12}"
+    ]
     for stage in sorted(steps):
         row = f"{stage:<8}{steps[stage]:>7}{loss[stage]:>9.4f}"
         if stage in reports:
             r = reports[stage]
             low, high = wilson_interval(r["right"], r["questions"])
             accuracy = f"{r['right'] / max(1, r['questions']):.1%} ({low:.1%} to {high:.1%})"
-            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}{r['seconds']:>12.3f}  {r['name']}, N={r['questions']}"
+            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}{r['seconds']:>12.3f}"
+            row += f"  {r['name']}, N={r['questions']}"
         out.append(row)
     out.append(f"TensorBoard:    tensorboard --logdir {run / 'tensorboard'}")
     exports = sorted((run / "export").glob("stage*"))

@@ -18,35 +18,25 @@ from typing import Literal
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import deepspeed
 import torch
 
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from data_prep.index import ShardIndex
-from pipeline import distributed, prepare
-from pipeline.backbones import BACKBONES
+from pipeline import distributed
 from pipeline.batch import Batch
+from pipeline.build import build_parts, without_frozen
 from pipeline.checkpoint import Checkpoints, RunState
-from pipeline.config import DEMO_RECIPE, RunConfig, load_config
+from pipeline.config import DEMO_RECIPE, load_config
 from pipeline.distributed import World, total
-from pipeline.engine import (
-    build_engine,
-    gathered_weights,
-    learning_rate,
-    loss_scale,
-    reset_optimizer,
-    set_hyperparameters,
-)
+from pipeline.engine import gathered_weights, learning_rate, loss_scale, reset_optimizer, set_hyperparameters
 from pipeline.export import write_export
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import Monitor, Progress, Stopwatch, configure_logging, memory_gb
-from pipeline.plan import Plan, config_hash, make_plan, write_config
-from pipeline.prompt import RowBuilder
+from pipeline.plan import Plan, config_hash, make_plan
 from pipeline.validate import ValidationSet, validate
-from pipeline.watch import exit_with_launcher
+from pipeline.watch import STOPPED, StopRequest, exit_with_launcher
 
 
 def main(
@@ -89,10 +79,11 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    labels: int
     columns: int
-    bad: int
+    """Real question and target columns"""
     dropped_steps: int
+    stopping: bool
+    """Some rank was asked to stop"""
     statistics: dict[str, float]
 
 
@@ -103,86 +94,28 @@ class Run:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
         self.checkpoints = Checkpoints(self.out)
+        self.stop = StopRequest()
         self.bad_samples = 0
         self.device = distributed.start(world)
-        stages, start = distributed.from_main((plan.stages, plan.start))  # type: ignore[misc]
+        stages, start = distributed.from_main((plan.stages, plan.start))
         self.plan = replace(plan, stages=stages, start=start)
-        if not stages:
-            self.log.info("nothing to do: all stages asked for are done in %s", self.out)
-            return
-        self._prepare()
-        self._build()
-
-    def _prepare(self) -> None:
-        """Data and base model: made by rank 0 if need be, checked by all."""
-        config = self.config
-        problem: UserError | None = None
-        base: Path | str = ""
-        if self.world.main:
-            try:
-                prepare.make_data(config, self.log.info)
-                base = prepare.make_base(config, self.out, self.log.info)
-                write_config(config, self.out)
-            except UserError as error:
-                problem = error
-        problem, self.base = distributed.from_main((problem, base))  # type: ignore[misc]
-        if problem is not None:
-            raise problem
-        splits = ["train"] + (["val"] if config.train.val_samples else [])
-        self.indexes = prepare.check_data(prepare.data_folder(config), splits)
-        self.processor = BACKBONES[config.model.backbone].processor(self.base, config.prompt, config.model.revision)
-        needs_patches = config.latent.selection != "none" and any(s.latents for s in config.curriculum.stages)
-        if needs_patches:
-            for index in self.indexes.values():
-                prepare.check_patches(index, self.processor, config.latent.num_patches)
-        self.builder = RowBuilder(self.processor, config.prompt, config.latent.num_patches if needs_patches else 0)
-        self.base_hash = ""
-        if config.model.lora or config.model.freeze_vision:
-            found = prepare.base_hash(self.base) if self.world.main else None
-            self.base_hash = str(distributed.from_main(found))
-
-    def _build(self) -> None:
-        plan, config = self.plan, self.config
-        tokenizer = self.processor.tokenizer
-        self.engine = build_engine(config, plan.ds, self.base, plan.triangle, tokenizer, self.device)
-        if plan.start is not None:
-            self._load()
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad)
-        every = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        stage = plan.ds["zero_optimization"]["stage"]
-        self.log.info("ZeRO-%d on %d ranks (%s)", stage, self.world.size, self.device.type)
-        self.log.info("batch: %s; loss norm %s", plan.triangle, config.optim.loss_norm)
-        self.log.info("parameters: %s trained of %s", f"{trained:,}", f"{every:,}")
-
-    def _load(self) -> None:
-        start = self.plan.start
-        assert start is not None
-        for name, ours, theirs in (
-            ("the training split", self.indexes["train"].index_hash, start.state.index_hash),
-            ("the base model", self.base_hash, start.state.base_hash),
-        ):
-            if ours != theirs:
-                raise UserError(f"{name} is not the one that {start.path} was trained with; choose another --out")
-        self.checkpoints.load(self.engine, start, self.world, self.without_frozen)
-        self.log.info("resumed from %s", start.path)
-
-    @property
-    def without_frozen(self) -> bool:
-        """Whether checkpoints leave out frozen weights, which the base still has."""
-        return bool(self.config.model.lora or self.config.model.freeze_vision)
+        if self.plan.stages:
+            self.parts = build_parts(self.plan, world, self.device, self.log)
+            self.engine = self.parts.engine
 
     def steps_of(self, stage: int) -> StageSteps:
         """The data of a stage."""
         config, triangle = self.config, self.plan.triangle
         share = Share(self.world.rank, self.world.size, triangle.global_batch, triangle.micro_batch)
         return StageSteps(
-            self.indexes["train"], self.builder, config.curriculum, stage, share, config.train.seed,
+            self.parts.indexes["train"], self.parts.builder, config.curriculum, stage, share, config.train.seed,
             config.data.last_batch,
         )  # fmt: skip
 
     def train(self) -> None:
         """Every stage of the plan, in order."""
         if not self.plan.stages:
+            self.log.info("nothing to do: all stages asked for are done in %s", self.out)
             return
         lengths = [len(self.steps_of(stage)) for stage in range(len(self.config.curriculum.stages))]
         first = self.plan.stages[0]
@@ -201,8 +134,10 @@ class Run:
         config, train = self.config, self.config.train
         steps, before = self.steps_of(stage), sum(lengths[:stage])
         shown = config.curriculum.stages[stage]
-        self.log.info("stage %d: %d latent steps, %d steps of the rationale skipped, steps %d to %d, %d samples an epoch",
-                      stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch)  # fmt: skip
+        self.log.info(
+            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %d samples an epoch",
+            stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch,
+        )  # fmt: skip
         progress, best = Progress(start, len(steps)), self._best(stage)
         self.engine.train()
         batches = steps_from(steps, start, config.data.workers)
@@ -219,8 +154,12 @@ class Run:
             last = done == len(steps)
             if self.val_due(done, last):
                 best = self._validate(stage, done, global_step, best, steps)
-            if last or (train.checkpoint_every and done % train.checkpoint_every == 0):
-                self._save(stage, done, len(steps), before, steps)
+            due = bool(train.checkpoint_every) and done % train.checkpoint_every == 0
+            if last or due or result.stopping:
+                self._save(stage, done, len(steps), before)
+            if result.stopping and not last:
+                self.log.info("stopped on request at stage %d step %d; start again to go on", stage, done)
+                raise SystemExit(STOPPED)
         self._end_stage(stage, global_step=before + len(steps))
 
     # ---- the update -------------------------------------------------------------------------------------------
@@ -231,10 +170,11 @@ class Run:
         torch.manual_seed(((self.config.train.seed << 32) + global_step) * 65536 + self.world.rank)
         set_hyperparameters(engine, self.config.optim, lr)
         labels = [int(batch.target_mask.sum()) for batch in micro_batches]
-        mine = [sum(labels), sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches),
-                sum(b.dropped_steps for b in micro_batches)]  # fmt: skip
-        everywhere, columns, bad, dropped = (int(n) for n in total(mine, self.device))
-        losses, statistics = torch.zeros((), device=self.device), {}
+        columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
+        mine = [sum(labels), columns, bad, sum(b.dropped_steps for b in micro_batches), self.stop.requested]
+        everywhere, columns, bad, dropped, stopping = (int(n) for n in total(mine, self.device))
+        losses = torch.zeros((), device=self.device)
+        statistics: dict[str, torch.Tensor] = {}
         for batch, labels_here in zip(micro_batches, labels, strict=True):
             with watch("forward"):
                 nll, sums = engine(batch.to(self.device))
@@ -244,12 +184,12 @@ class Run:
             with watch("step"):
                 engine.step()
             losses += loss.detach().float() / (triangle.world * triangle.accumulation)
-            statistics = {name: statistics.get(name, 0.0) + value for name, value in sums.items()}
+            statistics = {name: value + statistics.get(name, 0.0) for name, value in sums.items()}
         names = sorted(statistics)
         loss, *sums = total([float(losses), *(float(statistics[name]) for name in names)], self.device)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         self._note_bad(micro_batches, bad)
-        return StepResult(loss, grad_norm, everywhere, columns, bad, dropped, dict(zip(names, sums, strict=True)))
+        return StepResult(loss, grad_norm, columns, dropped, stopping > 0, dict(zip(names, sums, strict=True)))
 
     def _note_bad(self, micro_batches: list[Batch], bad: int) -> None:
         """Log samples that could not be used; stop past `data.max_bad`."""
@@ -303,15 +243,22 @@ class Run:
         decode = Share(share.rank, share.world, share.global_batch, config.train.val_batch)
         shown = config.curriculum.stages[stage]
         data = ValidationSet.of(
-            self.indexes["val"], self.builder, shown, config.curriculum.groups, config.train.val_samples, decode
+            self.parts.indexes["val"],
+            self.parts.builder,
+            shown,
+            config.curriculum.groups,
+            config.train.val_samples,
+            decode,
         )
-        found = validate(self.engine, data, self.builder, config.eval.max_new_tokens, self.device)
+        found = validate(self.engine, data, self.parts.builder, config.eval.max_new_tokens, self.device)
         self.monitor.scalars(global_step, found)
-        self.log.info("stage %d step %d: validation loss %.4f, accuracy %.3f, %.1f autoregressive steps",
-                      stage, done, found["val/loss"], found["val/accuracy"], found["val/autoregressive_steps"])  # fmt: skip
+        self.log.info(
+            "stage %d step %d: validation loss %.4f, accuracy %.3f, %.1f autoregressive steps",
+            stage, done, found["val/loss"], found["val/accuracy"], found["val/autoregressive_steps"],
+        )  # fmt: skip
         if found["val/accuracy"] <= best:
             return best
-        checkpoint = self._save(stage, done, len(steps), sum(len(self.steps_of(s)) for s in range(stage)), steps)
+        checkpoint = self._save(stage, done, len(steps), global_step + 1 - done)
         if self.world.main:
             best_file = {"checkpoint": checkpoint, "step": done, **found}
             write_atomic(self.out / f"best-stage{stage}.json", json.dumps(best_file, indent=1) + "\n")
@@ -321,7 +268,7 @@ class Run:
         path = self.out / f"best-stage{stage}.json"
         return json.loads(path.read_text())["val/accuracy"] if path.exists() else -1.0
 
-    def _save(self, stage: int, done: int, length: int, before: int, steps: StageSteps) -> str:
+    def _save(self, stage: int, done: int, length: int, before: int) -> str:
         """Checkpoint after step `done`; once however often it is asked for."""
         self.lease.check()
         state = RunState(
@@ -332,15 +279,15 @@ class Run:
             samples=done * self.plan.triangle.global_batch,
             world=self.world.size,
             zero_stage=self.plan.ds["zero_optimization"]["stage"],
-            index_hash=self.indexes["train"].index_hash,
-            base_hash=self.base_hash,
+            index_hash=self.parts.indexes["train"].index_hash,
+            base_hash=self.parts.base_hash,
             config_hash=config_hash(self.config),
         )
         newest = self.checkpoints.newest(stage)
         if newest is not None and newest.state == state:
             return newest.path.name
         began = time.monotonic()
-        checkpoint = self.checkpoints.save(self.engine, state, self.world, self.without_frozen)
+        checkpoint = self.checkpoints.save(self.engine, state, self.world, without_frozen(self.config))
         self.log.info("checkpoint %s (%.1f s)", checkpoint.path, time.monotonic() - began)
         return checkpoint.path.name
 
@@ -356,7 +303,7 @@ class Run:
             weights = gathered_weights(model.backbone.vlm, self.world.main)
         if self.world.main:
             if export:
-                write_export(model, weights, self.processor, config, stage, folder, self.base)
+                write_export(model, weights, self.parts.processor, config, stage, folder, self.parts.base)
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(self.out / f"stage{stage}.done", json.dumps(done) + "\n")
         distributed.barrier()

@@ -1,16 +1,32 @@
-"""A rank must not outlive the launcher that started it: it would go on training, holding the run folder."""
+"""Ending well: a rank stops at a step boundary when asked to, and never outlives the launcher that started it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
 
+STOPPED = 75
+"""Exit status of a run that was asked to stop, saved, and can go on (EX_TEMPFAIL)."""
+
+
+class StopRequest:
+    """SIGUSR1 or SIGTERM set a flag; the ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.requested = True
+
 
 def ancestors() -> list[tuple[int, str]]:
     """(pid, start time) of the launchers above this process: its parent, and DeepSpeed's runner above that."""
-    found = []
+    found: list[tuple[int, str]] = []
     pid = os.getppid()
     while pid > 1 and (stat := _stat(pid)) is not None:
         if found and "deepspeed" not in _command(pid):

@@ -1,4 +1,4 @@
-"""slurm/ on a real two-node Slurm cluster on this machine: with a stand-in for training, then the real one."""
+"""slurm/ on a real two-node Slurm on this machine: first with a stand-in for training, then with training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.slurm_cluster import Cluster, unavailable
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [0, 1, 2, 3]
 
-# What PYTHON names in most tests.  Every rank meets rank 0 at MASTER_ADDR:MASTER_PORT, as process groups do, and
-# leaves a record; STAND_IN says how it ends.
+# What PYTHON names in most tests.  Every rank meets rank 0 at MASTER_ADDR:MASTER_PORT, as in a process group,
+# and leaves a record; STAND_IN says how it ends.
 STAND_IN = """\
 #!{python} -IS
 import json, os, pathlib, signal, socket, sys, time

@@ -40,7 +40,7 @@ class Layout:
     def split(self) -> str:
         """The split that this picture may be in: 8, 1 and 1 of 10 are train, val and test."""
         shown = bytes([colour for flag in self.flags for colour in flag]) + bytes(self.arrows)
-        tenth = int.from_bytes(hashlib.blake2b(shown, digest_size=8).digest()) % 10
+        tenth = int.from_bytes(hashlib.blake2b(shown, digest_size=8).digest(), "big") % 10
         return "train" if tenth < 8 else "val" if tenth == 8 else "test"
 
     def name(self, cell: int) -> str:

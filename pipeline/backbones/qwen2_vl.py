@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Qwen2VL(nn.Module):
     LORA_SCOPE = r".*language_model\..*\.({names})"
     """Regular expression of modules that LoRA may adapt: the language model's, never the vision tower's."""
 
-    def __init__(self, vlm: nn.Module) -> None:
+    def __init__(self, vlm: Any) -> None:
         """vlm: a Qwen2VLForConditionalGeneration, or one that peft has wrapped."""
         super().__init__()
         self.vlm = vlm
@@ -46,7 +46,7 @@ class Qwen2VL(nn.Module):
 
     # ---- loading ----------------------------------------------------------------------------------------------
     @staticmethod
-    def load(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
+    def load(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> Any:
         """The pretrained model of a local folder or hub id, with the latent attention installed."""
         return Qwen2VLForConditionalGeneration.from_pretrained(
             path,
@@ -57,7 +57,7 @@ class Qwen2VL(nn.Module):
         )
 
     @staticmethod
-    def create(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> nn.Module:
+    def create(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
         """Save a randomly initialised model of this shape beside its tokenizer in `folder`; returns the model."""
         token = tokenizer.convert_tokens_to_ids
         half = scratch.hidden_size // scratch.heads // 2
@@ -98,7 +98,9 @@ class Qwen2VL(nn.Module):
         vlm = Qwen2VLForConditionalGeneration(config)
         vlm.save_pretrained(folder)
         # small pictures keep their size: one column for each 28 x 28 pixels
-        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 1280}).save_pretrained(folder)
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 1280}).save_pretrained(
+            folder
+        )
         return vlm
 
     @staticmethod
@@ -113,16 +115,16 @@ class Qwen2VL(nn.Module):
 
     # ---- what the latent forward calls ------------------------------------------------------------------------
     @property
-    def core(self) -> Qwen2VLForConditionalGeneration:
+    def core(self) -> Any:
         """The transformers model, inside peft's wrapper or not."""
         return self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.core.model.language_model
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> Any:
         return self.core.model.visual
 
     @property
@@ -166,7 +168,11 @@ class Qwen2VLProcessor:
     IMAGE, TEXT = "<|image_pad|>", "\x00text\x00"
 
     def __init__(
-        self, path: str | Path, image_size: int | None = None, max_pixels: int | None = None, revision: str | None = None
+        self,
+        path: str | Path,
+        image_size: int | None = None,
+        max_pixels: int | None = None,
+        revision: str | None = None,
     ) -> None:
         """image_size: every image is resized to that square; None keeps its shape, at most `max_pixels`."""
         self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -230,10 +236,9 @@ class Qwen2VLProcessor:
 
     def positions(self, ids: Sequence[int], grids: Iterable[tuple[int, int, int]]) -> np.ndarray:
         """M-RoPE positions (3, P) of a prompt: text counts on all axes, an image spans (time, height, width)."""
-        ids = np.asarray(ids)
         out = np.empty((3, len(ids)), dtype=np.int64)
         remaining, column, position = iter(grids), 0, 0
-        image = ids == self.image_token_id
+        image = np.asarray(ids) == self.image_token_id
         while column < len(ids):
             if not image[column]:
                 out[:, column] = position

@@ -10,6 +10,7 @@ Shapes: B rows, H query heads, G key/value heads, D head size, L columns of this
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,8 @@ def latent_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    layer = module.layer_idx
+    assert attention_mask is not None, "a pass comes with its mask"
+    layer = cast(int, module.layer_idx)
     keys, values = latent.kept.extend(latent.index, layer, key, value)
     if latent.read_columns and layer not in latent.saliency:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

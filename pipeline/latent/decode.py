@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import MergedSegments

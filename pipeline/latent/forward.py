@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.latent.attention import KeptSegments, Pass, segment_mask
 from pipeline.latent.select import select_patches, selection_entropy
+from pipeline.loss import LabelHead
 
 
 class LatentConfig(BaseModel):
@@ -51,7 +52,17 @@ class Backbone(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     @property
+    def head(self) -> LabelHead: ...
+
+    @property
     def sliding_window(self) -> int | None: ...
+
+    @property
+    def core(self) -> Any:
+        """The transformers model."""
+
+    vlm: Any
+    """The transformers model, or peft's wrapper around it"""
 
 
 @dataclass
@@ -155,10 +166,10 @@ class LatentForward:
         self.candidates = batch.image_mask
         self.steps: list[LatentStep] = []
 
-    def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> tuple[Tensor, Tensor | None]:
+    def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> tuple[Tensor, Tensor]:
         """Feed the newest columns, embeds (B,L,D); their mask is already in `sequence`.
 
-        Returns hidden (B,L,D) and, with `read`, s over the question's columns (B,P).
+        Returns hidden (B,L,D) and, with `read`, s over the question's columns (B,P), else an empty tensor.
         """
         mask, length, window = self.sequence.mask, embeds.shape[1], self.backbone.sliding_window
         masks = {"full_attention": segment_mask(mask, length)}
@@ -168,7 +179,7 @@ class LatentForward:
         latent = Pass(self.passes_run, self.kept, columns)
         hidden = self.backbone.decode(embeds, positions, masks, latent)
         self.passes_run += 1
-        return hidden, latent.mean_saliency() if read else None
+        return hidden, latent.mean_saliency() if read else hidden.new_empty(0)
 
     def take_step(self, hidden: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor]:
         """The latent step after a pass: V and h as new columns.
@@ -202,9 +213,7 @@ class LatentForward:
         return torch.cat([vision, text[:, None]], dim=1), positions
 
 
-def latent_forward(
-    backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None = None
-) -> Trace:
+def latent_forward(backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None = None) -> Trace:
     """Run question, latent steps and targets; every pass's columns attend to all kept earlier ones."""
     run = LatentForward(backbone, batch, config, replay=replay)
     embeds, positions = run.prompt_embeds, run.prompt_positions

@@ -22,7 +22,7 @@ def make_example(**changes: Any) -> Example:
     """A question with a picture of 2 x 3 columns."""
     values: dict[str, Any] = {
         "id": "q1", "dataset": "own", "split": "train", "question": "Which fruit is it?",
-        "choices": ("a fig", "a pear"), "answer": 1, "rationale": "It is green. It has a stem. Only a pear has both.",
-        "image": picture(),
+        "choices": ("a fig", "a pear"), "answer": 1, "image": picture(),
+        "rationale": "It is green. It has a stem. Only a pear has both.",
     }  # fmt: skip
     return Example(**values | changes)

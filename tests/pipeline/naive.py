@@ -1,7 +1,7 @@
 """The method by its definition, slow and plain: what the latent forward is compared with.
 
-One row at a time, without padding; every pass runs transformers' own model with eager attention over the whole prefix
-again, and the scores are read off its attention maps.
+One row at a time, without padding; every pass runs transformers' own model with eager attention over the
+whole prefix again, and the scores are read off its attention maps.
 
 Shapes: P question columns, T columns so far, H query heads, D hidden size.
 """
@@ -31,23 +31,31 @@ class NaiveStep:
     scores: Tensor
     """(P,) s"""
     gap: float
-    """Smallest distance of two scores whose order decides something"""
+    """Smallest distance of two scores that decide the choice; near zero it would be a matter of luck"""
 
 
 class NaiveRow:
     """The final sequence of one row, grown from nothing."""
 
     def __init__(
-        self, vlm: Qwen2VLForConditionalGeneration, row: Row, config: LatentConfig, choice: Choice | None = None
+        self,
+        vlm: Qwen2VLForConditionalGeneration,
+        row: Row,
+        config: LatentConfig,
+        choice: Choice | None = None,
     ) -> None:
         """choice: takes the place of the selection."""
         self.vlm, self.row, self.config, self.choice = vlm, row, config, choice
         ids = torch.tensor(row.prompt_ids)
-        self.free = [column for column, token in enumerate(row.prompt_ids) if token == vlm.config.image_token_id]
+        self.free = [
+            column for column, token in enumerate(row.prompt_ids) if token == vlm.config.image_token_id
+        ]
         self.prompt = self.embed(ids)
         if row.pixel_values is not None:
             grid = torch.tensor(row.image_grid)
-            features = torch.cat(vlm.model.get_image_features(torch.from_numpy(row.pixel_values), grid).pooler_output)
+            features = torch.cat(
+                vlm.model.get_image_features(torch.from_numpy(row.pixel_values), grid).pooler_output
+            )
             columns = dict(zip(self.free, features, strict=True))
             self.prompt = torch.stack([columns.get(i, embedding) for i, embedding in enumerate(self.prompt)])
         self.embeds = self.prompt
@@ -73,30 +81,27 @@ class NaiveRow:
         # the last query row, plain mean over layers and heads
         scores = attention[:, :, -1, : len(self.prompt)].mean((0, 1)).detach()
         columns, gap = self.choose(step, scores)
-        self.free = [column for column in self.free if column not in columns]
         self.steps.append(NaiveStep(columns, scores, gap))
+        self.free = [column for column in self.free if column not in columns]
         latent = hidden[-1].detach() if self.config.latent_grad == "detach" else hidden[-1]
         self.append(torch.stack([*(self.prompt[column] for column in columns), latent]))
 
     def choose(self, step: int, scores: Tensor) -> tuple[list[int], float]:
+        """The columns a step takes, and the smallest distance of two scores that decide it."""
+        count, selection, gap = self.config.num_patches, self.config.selection, float("inf")
+        by_score = self.config.patch_order == "score"
         if self.choice is not None:
-            return self.choice(step), float("inf")
-        count, left = self.config.num_patches, len(self.free)
-        gap = float("inf")
-        match self.config.selection:
-            case "attention" | "least":
-                sign = 1 if self.config.selection == "least" else -1
-                ranked = sorted(self.free, key=lambda column: sign * scores[column].item())
-                columns = ranked[:count]
-                # the order inside the step matters only where it is kept
-                decisive = ranked[: count + 1] if self.config.patch_order == "score" else ranked[count - 1 : count + 1]
-                pairs = itertools.pairwise(scores[decisive].tolist())
-                gap = min((abs(a - b) for a, b in pairs), default=float("inf"))
-            case "uniform":
-                columns = self.free if left <= count else [self.free[-(-i * left // count)] for i in range(count)]
-            case "none":
-                columns = []
-        return (sorted(columns) if self.config.patch_order == "position" else columns), gap
+            return self.choice(step), gap
+        if selection == "none":
+            columns = []
+        elif selection == "uniform":
+            columns = evenly_spaced(self.free, count)
+        else:
+            ranked = sorted(self.free, key=lambda column: scores[column].item(), reverse=selection != "least")
+            columns = ranked[:count]
+            first = 0 if by_score else count - 1  # the order among them counts only where it is kept
+            gap = smallest_gap(scores[ranked[first : count + 1]])
+        return (columns if by_score else sorted(columns)), gap
 
     def logits(self) -> Tensor:
         """(T,vocab) of the sequence so far."""
@@ -117,7 +122,18 @@ class NaiveRow:
         return tokens
 
 
-def full_pass(vlm: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def evenly_spaced(columns: list[int], count: int) -> list[int]:
+    left = len(columns)
+    return columns if left <= count else [columns[-(-i * left // count)] for i in range(count)]
+
+
+def smallest_gap(scores: Tensor) -> float:
+    return min((b - a for a, b in itertools.pairwise(scores.sort().values.tolist())), default=float("inf"))
+
+
+def full_pass(
+    vlm: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Final hidden states (T,D) and attention maps (layers,H,T,T) of a whole prefix."""
     out = vlm.model.language_model(
         inputs_embeds=embeds[None],

@@ -29,7 +29,7 @@ def test_segments_are_joined_by_layer() -> None:
 
 
 def test_recomputing_a_segment_neither_appends_nor_overwrites() -> None:
-    """Checkpointing runs a layer again in backward, after later segments; the copy computed then is its own input."""
+    """Checkpointing runs a layer again in backward, after later segments were kept."""
     kept = KeptSegments()
     for index, first in enumerate((0, 3, 6)):
         kept.extend(index, 0, *pair(first, 3))

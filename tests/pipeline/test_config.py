@@ -17,7 +17,9 @@ SOUND = {"model.path": "model", "data.path": "data"}
 
 def load(recipe: Path | None = None, **overrides: str) -> RunConfig:
     """`__` in names for the dots."""
-    return load_config(recipe, {**SOUND, **{name.replace("__", "."): text for name, text in overrides.items()}})
+    return load_config(
+        recipe, {**SOUND, **{name.replace("__", "."): text for name, text in overrides.items()}}
+    )
 
 
 def problems(recipe: Path | None, overrides: dict[str, str]) -> list[str]:
@@ -36,7 +38,7 @@ def write(tmp_path: Path):
     return write
 
 
-# ---- precedence -------------------------------------------------------------------------------------------------
+# ---- precedence -------------------------------------------------------------------------------
 def test_defaults_then_recipe_then_command_line(write) -> None:
     recipe = write("optim: {lr: 2.0e-3, clip: 3}\ntrain:\n  seed: 5\n")
     config = load(recipe, optim__clip="4")
@@ -60,7 +62,12 @@ def test_command_line_opens_a_section_that_is_none() -> None:
 
 def test_every_published_default() -> None:
     config = RunConfig()
-    assert (config.optim.lr, config.optim.beta1, config.optim.weight_decay, config.optim.clip) == (4e-5, 0.9, 0.01, 0.7)
+    assert (config.optim.lr, config.optim.beta1, config.optim.weight_decay, config.optim.clip) == (
+        4e-5,
+        0.9,
+        0.01,
+        0.7,
+    )
     assert (config.optim.schedule, config.optim.warmup_steps, config.train.seed) == ("constant", 0, 0)
     assert (config.train.global_batch, config.latent.num_patches, config.prompt.max_tokens) == (64, 32, 3400)
     assert config.eval.max_new_tokens == 512
@@ -70,7 +77,7 @@ def test_every_published_default() -> None:
     }  # fmt: skip
 
 
-# ---- values of the command line ---------------------------------------------------------------------------------
+# ---- values of the command line ---------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -112,7 +119,10 @@ def test_lists() -> None:
     config = load(model__lora__targets="[q_proj, v_proj]")
     assert config.model.lora is not None and config.model.lora.targets == ["q_proj", "v_proj"]
     config = load(curriculum__stages="[{latents: 1, skip: 2, steps: 3}, {latents: 2, skip: 2, epochs: 0.5}]")
-    assert [(s.latents, s.skip, s.steps, s.epochs) for s in config.curriculum.stages] == [(1, 2, 3, None), (2, 2, None, 0.5)]
+    assert [(s.latents, s.skip, s.steps, s.epochs) for s in config.curriculum.stages] == [
+        (1, 2, 3, None),
+        (2, 2, None, 0.5),
+    ]
 
 
 def test_numbers_as_text_in_a_recipe(write) -> None:
@@ -132,7 +142,11 @@ def test_numbers_as_text_in_a_recipe(write) -> None:
         ("model.checkpointing", "maybe", "model.checkpointing: Input should be a valid boolean"),
         ("curriculum.stages", "3", "curriculum.stages: Input should be a valid list"),
         ("curriculum.stages", "[{latents: 1, skip: 1}]", "curriculum.stages.0: give either epochs or steps"),
-        ("prompt.image_size", "20", "prompt.image_size: Input should be greater than or equal to 28 (given: 20)"),
+        (
+            "prompt.image_size",
+            "20",
+            "prompt.image_size: Input should be greater than or equal to 28 (given: 20)",
+        ),
     ],
 )
 def test_bad_values(name: str, text: str, message: str) -> None:
@@ -140,9 +154,11 @@ def test_bad_values(name: str, text: str, message: str) -> None:
     assert message in line
 
 
-# ---- names ------------------------------------------------------------------------------------------------------
+# ---- names ------------------------------------------------------------------------------------
 def test_unknown_option_is_refused_with_the_nearest_name() -> None:
-    assert problems(None, {**SOUND, "optim.lrr": "1"}) == ["unknown option --optim.lrr; did you mean --optim.lr?"]
+    assert problems(None, {**SOUND, "optim.lrr": "1"}) == [
+        "unknown option --optim.lrr; did you mean --optim.lr?"
+    ]
     assert problems(None, {**SOUND, "zzzzzz": "1"}) == ["unknown option --zzzzzz"]
 
 
@@ -159,7 +175,9 @@ def test_unknown_key_of_a_stage_is_refused(write) -> None:
     assert "unknown key curriculum.stages.0.latent" in line
 
 
-@pytest.mark.parametrize("name", ["model", "train", "optim", "curriculum.stages.latents", "data.options.hops"])
+@pytest.mark.parametrize(
+    "name", ["model", "train", "optim", "curriculum.stages.latents", "data.options.hops"]
+)
 def test_what_is_no_single_setting_cannot_be_set(name: str) -> None:
     (line,) = problems(None, {**SOUND, name: "1"})
     assert line.startswith(f"unknown option --{name}; did you mean --")
@@ -177,7 +195,13 @@ def test_every_name_can_be_set() -> None:
     flat = {name: value(config, name) for name, _ in field_names() if reachable(config, name)}
     assert {"train.seed", "latent.num_patches", "model.lora", "curriculum.stages"} <= flat.keys()
     for name, default in flat.items():
-        text = "none" if default is None else default if isinstance(default, str) else yaml.safe_dump(dumped(config, name))
+        text = (
+            "none"
+            if default is None
+            else default
+            if isinstance(default, str)
+            else yaml.safe_dump(dumped(config, name))
+        )
         assert load_config(None, {**SOUND, name: text}) == config, name
 
 
@@ -195,7 +219,7 @@ def dumped(config: RunConfig, name: str) -> Any:
     return found
 
 
-# ---- all problems at once ---------------------------------------------------------------------------------------
+# ---- all problems at once ---------------------------------------------------------------------
 def test_all_problems_are_said_at_once(write) -> None:
     recipe = write("train: {global_batch: 0, sede: 1}\noptim: {lr: -1}\n")
     lines = problems(recipe, {"latent.num_patches": "-3", "optim.clp": "1"})
@@ -222,7 +246,10 @@ def test_inconsistencies_are_said_at_once() -> None:
     ("overrides", "line"),
     [
         ({"data.path": "d"}, "give either model.path or model.scratch"),
-        ({"data.path": "d", "model.path": "m", "model.scratch": "{}"}, "give either model.path or model.scratch"),
+        (
+            {"data.path": "d", "model.path": "m", "model.scratch": "{}"},
+            "give either model.path or model.scratch",
+        ),
         ({**SOUND, "prompt.max_tokens": "99"}, "prompt.max_tokens leaves no room besides the latent columns"),
     ],
 )
@@ -234,7 +261,7 @@ def test_room_besides_the_latent_columns() -> None:
     assert load(prompt__max_tokens="100").prompt.max_tokens == 100  # 3 steps of 33
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -266,7 +293,7 @@ def test_json_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=f"settings .*x.json: {message}"):
             load_json(path, "settings")
-    with pytest.raises(UserError, match="settings .*y.json: No such file"):
+    with pytest.raises(UserError, match=r"settings .*y\.json: No such file"):
         load_json(tmp_path / "y.json", "settings")
 
 
@@ -275,9 +302,18 @@ def test_json_files(tmp_path: Path) -> None:
     [
         {},
         {"model.lora": "{r: 8, targets: [q_proj]}", "train.micro_batch": "4", "model.revision": "1e5"},
-        {"name": "no", "optim.lr": "1e-4", "optim.eps": "1e-12", "latent.selection": "none", "train.export": "none"},
+        {
+            "name": "no",
+            "optim.lr": "1e-4",
+            "optim.eps": "1e-12",
+            "latent.selection": "none",
+            "train.export": "none",
+        },
         {"data.source": "trails", "data.options": "{hops: 2-3, mix: 'look:1.0', seed: 1, share: 0.5}"},
-        {"curriculum.stages": "[{latents: 0, skip: 0, epochs: 0.5}, {latents: 2, skip: 1, steps: 9, where: {kind: [look, 'no']}}]"},
+        {
+            "curriculum.stages": "[{latents: 0, skip: 0, epochs: 0.5},"
+            " {latents: 2, skip: 1, steps: 9, where: {kind: [look, 'no']}}]"
+        },
     ],
     ids=["defaults", "lora", "words", "source", "stages"],
 )

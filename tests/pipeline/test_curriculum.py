@@ -47,10 +47,16 @@ def test_latents_do_not_depend_on_the_number_of_steps() -> None:
 def test_published_schedule() -> None:
     stages = CurriculumConfig().stages
     assert [(s.epochs, s.steps, s.latents, s.skip) for s in stages] == [(4, None, n, n) for n in range(4)]
-    assert CurriculumConfig().groups == 3 and CurriculumConfig().mix == 0 and not CurriculumConfig().reset_optimizer
+    assert (
+        CurriculumConfig().groups == 3
+        and CurriculumConfig().mix == 0
+        and not CurriculumConfig().reset_optimizer
+    )
 
 
-@pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 5}, {"epochs": 0}, {"steps": 0}, {"epochs": -1}], ids=str)
+@pytest.mark.parametrize(
+    "length", [{}, {"epochs": 1, "steps": 5}, {"epochs": 0}, {"steps": 0}, {"epochs": -1}], ids=str
+)
 def test_a_stage_has_one_positive_length(length: dict[str, int]) -> None:
     with pytest.raises(ValidationError):
         StageConfig(latents=1, skip=1, **length)
@@ -62,7 +68,7 @@ def test_bad_curricula_are_refused(options: dict) -> None:
         CurriculumConfig(**options)
 
 
-# ---- mix --------------------------------------------------------------------------------------------------------
+# ---- mix --------------------------------------------------------------------------------------
 SAMPLES = range(4000)
 
 

@@ -17,12 +17,14 @@ SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=40)
 SIZES = [7, 3, 0, 12, 5] * 8
 
 
-def order(sizes: list[int] = SIZES, seed: int = 0, stage: int = 0, epoch: int = 0, **options: int) -> list[int]:
+def order(
+    sizes: list[int] = SIZES, seed: int = 0, stage: int = 0, epoch: int = 0, **options: int
+) -> list[int]:
     """A whole epoch."""
     return EpochOrder(sizes, seed, stage, epoch, **options).take(0, sum(sizes)).tolist()
 
 
-# ---- one epoch --------------------------------------------------------------------------------------------------
+# ---- one epoch --------------------------------------------------------------------------------
 @given(SHARDS, st.integers(0, 5), st.integers(0, 3), st.integers(0, 99), st.integers(1, 50))
 def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, stage: int, epoch: int, block: int) -> None:
     whole = EpochOrder(sizes, seed, stage, epoch, block)
@@ -35,7 +37,10 @@ def test_pieces_equal_the_whole(sizes: list[int], pieces: list[int], block: int)
     """Also past the end, and with a fresh object for each piece: an epoch resumes at any position."""
     whole = EpochOrder(sizes, 1, 2, 3, block).take(0, sum(pieces)).tolist()
     starts = np.cumsum([0, *pieces[:-1]]).tolist()
-    resumed = [EpochOrder(sizes, 1, 2, 3, block).take(start, count) for start, count in zip(starts, pieces, strict=True)]
+    resumed = [
+        EpochOrder(sizes, 1, 2, 3, block).take(start, count)
+        for start, count in zip(starts, pieces, strict=True)
+    ]
     assert list(chain(*resumed)) == whole
     assert whole[sum(sizes) :] == [EMPTY] * max(0, sum(pieces) - sum(sizes))
 
@@ -51,7 +56,11 @@ def test_past_the_end_and_nothing() -> None:
     assert one.take(3, 2).tolist() == one.take(50, 2).tolist() == [EMPTY, EMPTY]
     assert one.take(1, 0).tolist() == []
     assert len(EpochOrder([], 0, 0, 0)) == len(EpochOrder([0, 0], 0, 0, 0)) == 0
-    assert EpochOrder([], 0, 0, 0).take(0, 2).tolist() == EpochOrder([0], 0, 0, 0).take(0, 2).tolist() == [EMPTY, EMPTY]
+    assert (
+        EpochOrder([], 0, 0, 0).take(0, 2).tolist()
+        == EpochOrder([0], 0, 0, 0).take(0, 2).tolist()
+        == [EMPTY, EMPTY]
+    )
 
 
 def test_seeds_stages_and_epochs_differ() -> None:
@@ -84,7 +93,7 @@ def test_every_position_is_equally_likely() -> None:
     assert all(50 < count < 150 for count in places.values())  # binomial: 100, standard deviation 9.4
 
 
-# ---- the ranks' shares ------------------------------------------------------------------------------------------
+# ---- the ranks' shares ------------------------------------------------------------------------
 SHAPES = {"rows": st.integers(1, 40), "world": st.integers(1, 9), "micro_batch": st.integers(1, 12)}
 
 
@@ -133,4 +142,6 @@ def test_a_steps_samples_do_not_depend_on_the_world(world: int) -> None:
     whole = EpochOrder(SIZES, 0, 0, 0)
     for step in range(3):
         batch = whole.take(step * 16, 16)
-        assert sorted(chain(*(real(rank_share(batch, rank, world, 2)) for rank in range(world)))) == sorted(batch)
+        assert sorted(chain(*(real(rank_share(batch, rank, world, 2)) for rank in range(world)))) == sorted(
+            batch
+        )

@@ -25,7 +25,7 @@ def stock() -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration(tiny_config())
 
 
-# ---- positions --------------------------------------------------------------------------------------------------
+# ---- positions --------------------------------------------------------------------------------
 def ids_of(processor: Qwen2VLProcessor, texts: list[int], images: list[tuple[int, int]]) -> list[int]:
     """So many words, image, so many words, image, ...; images by height and width in columns."""
     ids = []
@@ -39,7 +39,10 @@ SIDE = st.integers(1, 7)
 
 @given(st.integers(1, 9), st.lists(st.tuples(SIDE, SIDE, st.integers(1, 9)), max_size=4))
 def test_positions_equal_those_of_transformers(
-    processor: Qwen2VLProcessor, stock: Qwen2VLForConditionalGeneration, first: int, parts: list[tuple[int, int, int]]
+    processor: Qwen2VLProcessor,
+    stock: Qwen2VLForConditionalGeneration,
+    first: int,
+    parts: list[tuple[int, int, int]],
 ) -> None:
     ids = ids_of(processor, [first, *(text for _, _, text in parts)], [(h, w) for h, w, _ in parts])
     grids = [(1, 2 * h, 2 * w) for h, w, _ in parts]
@@ -50,7 +53,11 @@ def test_positions_equal_those_of_transformers(
 def test_positions_by_hand(processor: Qwen2VLProcessor) -> None:
     """Two words, an image of 2 x 3 columns, a word: text goes on behind the image's longer side."""
     positions = processor.positions(ids_of(processor, [2, 1], [(2, 3)]), [(1, 4, 6)])
-    assert positions.tolist() == [[0, 1, 2, 2, 2, 2, 2, 2, 5], [0, 1, 2, 2, 2, 3, 3, 3, 5], [0, 1, 2, 3, 4, 2, 3, 4, 5]]
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
 
 
 @pytest.mark.parametrize("grids", [[], [(1, 4, 4)], [(1, 2, 8), (1, 6, 4)]], ids=["none", "one", "two"])
@@ -69,14 +76,21 @@ def test_positions_of_a_row(processor: Qwen2VLProcessor, stock: Qwen2VLForCondit
     assert row.prompt_positions.tolist() == expected.tolist()
 
 
-# ---- images -----------------------------------------------------------------------------------------------------
-OPTIONS = {"own": {}, "square": {"image_size": 56}, "not-a-multiple": {"image_size": 70}, "limited": {"max_pixels": 30_000}}
+# ---- images -----------------------------------------------------------------------------------
+OPTIONS = {
+    "own": {},
+    "square": {"image_size": 56},
+    "not-a-multiple": {"image_size": 70},
+    "limited": {"max_pixels": 30_000},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @settings(max_examples=25)
 @given(width=st.integers(1, 400), height=st.integers(1, 400))
-def test_image_columns_are_those_of_the_image(model_folder: Path, options: dict[str, int], width: int, height: int) -> None:
+def test_image_columns_are_those_of_the_image(
+    model_folder: Path, options: dict[str, int], width: int, height: int
+) -> None:
     """Without decoding, and refusing the same shapes."""
     processor = Qwen2VLProcessor(model_folder, **options)
     try:
@@ -103,11 +117,13 @@ def test_max_pixels_only_lowers_the_limit_above(model_folder: Path) -> None:
     assert tiny.image_columns(600, 600) == tiny.image_columns(28, 28) == 1
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------
 def test_saved_processor_gives_the_same_rows(processor: Qwen2VLProcessor, tmp_path: Path) -> None:
     processor.save(tmp_path)
     again, example = Qwen2VLProcessor(tmp_path), make_example()
-    rows = [RowBuilder(p, PromptConfig(), 2).row(example, "k", 0, 1, ["It is green"]) for p in (processor, again)]
+    rows = [
+        RowBuilder(p, PromptConfig(), 2).row(example, "k", 0, 1, ["It is green"]) for p in (processor, again)
+    ]
     assert rows[0].prompt_ids == rows[1].prompt_ids and rows[0].target_ids == rows[1].target_ids
     assert np.array_equal(rows[0].pixel_values, rows[1].pixel_values)
     assert again.row_format == processor.row_format and again.eos_id == processor.eos_id
@@ -116,11 +132,16 @@ def test_saved_processor_gives_the_same_rows(processor: Qwen2VLProcessor, tmp_pa
 def test_saved_processor_is_one_of_transformers(processor: Qwen2VLProcessor, tmp_path: Path) -> None:
     processor.save(tmp_path)
     names = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert (names["image_processor_type"], names["processor_class"]) == ("Qwen2VLImageProcessor", "Qwen2VLProcessor")
+    assert (names["image_processor_type"], names["processor_class"]) == (
+        "Qwen2VLImageProcessor",
+        "Qwen2VLProcessor",
+    )
     image = Image.new("RGB", (70, 90), "red")
     loaded = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image], return_tensors="np")
     assert np.array_equal(loaded["pixel_values"], processor.image(image)[0])
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which fruit is it?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which fruit is it?"}]}
+    ]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert processor.prompt_ids("Which fruit is it?", [(1, 2, 2)]) == expected

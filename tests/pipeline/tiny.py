@@ -31,7 +31,11 @@ def tiny_config(window: int | None = None) -> Qwen2VLConfig:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
             "use_sliding_window": window is not None,
             "sliding_window": window,
-            "layer_types": ["full_attention", "sliding_attention" if window else "full_attention", "full_attention"],
+            "layer_types": [
+                "full_attention",
+                "sliding_attention" if window else "full_attention",
+                "full_attention",
+            ],
             "bos_token_id": PAD,
             "eos_token_id": EOS,
             "pad_token_id": PAD,
@@ -58,7 +62,7 @@ def spread(vlm: nn.Module, seed: int = 0) -> None:
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
             else:
-                parameter.copy_(1.0 * noise / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
 def tiny_models(window: int | None = None) -> tuple[Qwen2VL, Qwen2VLForConditionalGeneration]:
@@ -97,9 +101,11 @@ def make_row(shape: Shape, number: int, stock: nn.Module) -> Row:
         row_id=number,
         prompt_ids=ids,
         prompt_positions=rope_index(stock, torch.tensor(ids) == IMAGE, grid).numpy(),
-        target_ids=words(random, shape.targets - 1) + [EOS] if shape.targets else [],
+        target_ids=[*words(random, shape.targets - 1), EOS] if shape.targets else [],
         latents=shape.latents,
-        pixel_values=random.standard_normal((patches, FORMAT.patch_dim), dtype=np.float32) if patches else None,
+        pixel_values=random.standard_normal((patches, FORMAT.patch_dim), dtype=np.float32)
+        if patches
+        else None,
         image_grid=grid,
     )
 

@@ -164,11 +164,10 @@ class Cluster:
             self._world = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PATH": PATH}
             )
-        for _ in range(300):
-            if self._world.poll() is not None:
-                break
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self._world.poll() is None:
             if (state / "started").exists():  # before that, nsenter would stay outside
-                idle = self.run("sinfo", "--noheader", "--states=idle", "--format=%D").stdout
+                idle = self.run("timeout", "5", "sinfo", "--noheader", "--states=idle", "--format=%D").stdout
                 if idle.strip() == str(self.nodes):
                     return
             time.sleep(0.1)

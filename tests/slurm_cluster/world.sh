@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # world.sh STATE NODES   pid 1 of the test cluster: network, munge, the Slurm controller and the nodes.
 #
-# Started by tests/slurm_cluster/__init__.py in namespaces of its own.  Nodes are further namespaces inside, and none
-# has a name: when this process dies, all of the cluster is gone.
+# Started by tests/slurm_cluster/__init__.py in namespaces of its own.  Nodes are further namespaces inside,
+# and none has a name: when this process dies, all of the cluster is gone.
 set -euo pipefail
 state=$1 nodes=$2
 here=$(dirname "${BASH_SOURCE[0]}")

@@ -1,0 +1,111 @@
+"""Set up what training runs on: data and base model found or made, checks that need them, the engine, its state."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.errors import UserError
+from data_prep.index import ShardIndex
+from pipeline import distributed, prepare
+from pipeline.backbones import BACKBONES
+from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.config import RunConfig
+from pipeline.distributed import World
+from pipeline.engine import build_engine
+from pipeline.plan import Plan, write_config
+from pipeline.prompt import RowBuilder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains with."""
+
+    engine: Any
+    """DeepSpeed's, around a LatentModel"""
+    processor: Any
+    builder: RowBuilder
+    indexes: dict[str, ShardIndex]
+    """train, and val where validation is on"""
+    base: Path | str
+    """Folder or hub id of the base model"""
+    base_hash: str
+    """Identity of weights that checkpoints leave out; empty where they hold all"""
+
+
+def without_frozen(config: RunConfig) -> bool:
+    """Whether checkpoints leave out frozen weights, which the base still has."""
+    return bool(config.model.lora or config.model.freeze_vision)
+
+
+def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Logger) -> Parts:
+    """All of it; ranks call it together.  Raises UserError, on every rank, where something does not fit."""
+    config = plan.config
+    base = make_missing(plan, world, log)
+    splits = ["train"] + (["val"] if config.train.val_samples else [])
+    indexes = prepare.check_data(prepare.data_folder(config), splits)
+    processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
+    taken = config.latent.num_patches if config.latent.selection != "none" else 0
+    if any(stage.latents for stage in config.curriculum.stages):
+        for index in indexes.values():
+            prepare.check_patches(index, processor, taken)
+    builder = RowBuilder(processor, config.prompt, taken)
+    base_hash = ""
+    if without_frozen(config):
+        base_hash = distributed.from_main(prepare.base_hash(base) if world.main else "")
+    engine = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
+    parts = Parts(engine, processor, builder, indexes, base, base_hash)
+    if plan.start is not None:
+        restore(plan.start, parts, Checkpoints(plan.out), config, world)
+        log.info("resumed from %s", plan.start.path)
+    log_decisions(plan, engine, device, log)
+    return parts
+
+
+def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
+    """Rank 0 makes data and base model where they are missing; a mistake it finds is raised on every rank."""
+    problem: UserError | None = None
+    base: Path | str = ""
+    if world.main:
+        try:
+            prepare.make_data(plan.config, log.info)
+            base = prepare.make_base(plan.config, plan.out, log.info)
+            write_config(plan.config, plan.out)
+        except UserError as error:
+            problem = error
+    problem, base = distributed.from_main((problem, base))
+    if problem is not None:
+        raise problem
+    return base
+
+
+def restore(start: Checkpoint, parts: Parts, checkpoints: Checkpoints, config: RunConfig, world: World) -> None:
+    """Load a checkpoint after making sure that data and frozen weights are those it was trained with."""
+    for name, ours, theirs in (
+        ("the training split", parts.indexes["train"].index_hash, start.state.index_hash),
+        ("the base model", parts.base_hash, start.state.base_hash),
+    ):
+        if ours != theirs:
+            raise UserError(f"{name} is not the one that {start.path} was trained with; choose another --out")
+    checkpoints.load(parts.engine, start, world, without_frozen(config))
+
+
+def log_decisions(plan: Plan, engine: Any, device: torch.device, log: logging.Logger) -> None:
+    """What was decided for this start."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    trained, every = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+    stage, latent = plan.ds["zero_optimization"]["stage"], plan.config.latent
+    # weights and gradients in the model's type, fp32 master weights and two moments
+    width = 2 if plan.config.model.dtype == "bf16" or device.type == "cuda" else 4
+    states = every * width + trained * (width + 12)
+    share = states / (plan.triangle.world if stage == 3 else 1)
+    log.info("ZeRO-%d on %d ranks (%s)", stage, plan.triangle.world, device.type)
+    log.info("batch: %s; loss norm %s", plan.triangle, plan.config.optim.loss_norm)
+    log.info("parameters: %s trained of %s; about %.2f GB a rank for them and the optimizer, before activations",
+             f"{trained:,}", f"{every:,}", share / 1e9)  # fmt: skip
+    log.info("latents: %d patches a step by %s, gradient %s, positions %s",
+             latent.num_patches, latent.selection, latent.latent_grad, latent.positions)  # fmt: skip

@@ -1,0 +1,279 @@
+"""A rank's batches of every step: the same for any workers and resume, the same samples for any world."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.index import ShardIndex, open_split
+from data_prep.shard import build
+from data_prep.tokenizer import texts_of_folder, train_tokenizer
+from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
+from pipeline.batch import Batch, collate, masked_row
+from pipeline.curriculum import CurriculumConfig, StageConfig, view
+from pipeline.loader import Share, StageSteps, steps_from, training_row
+from pipeline.order import EpochOrder
+from pipeline.prompt import PromptConfig, RowBuilder
+
+SAMPLES, GLOBAL_BATCH = 23, 8
+STAGES = [StageConfig(latents=n, skip=n, epochs=2) for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 4 samples, each a picture of 3 x 3 columns."""
+    out = tmp_path_factory.mktemp("shards")
+    options = {"grid": 3, "colours": 6, "train": SAMPLES, "val": 0, "test": 0}
+    build("trails", out, options=options, samples_per_shard=4)
+    return out
+
+
+@pytest.fixture(scope="module")
+def builder(folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RowBuilder:
+    words = tmp_path_factory.mktemp("words")
+    train_tokenizer(texts_of_folder(folder), words, 500)
+    shutil.copy(model_folder / "preprocessor_config.json", words)
+    return RowBuilder(Qwen2VLProcessor(words), PromptConfig(), 2)
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path) -> ShardIndex:
+    return open_split(folder, "train")
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> ShardIndex:
+    """The same shards with one byte of sample 9's text changed."""
+    shutil.copytree(folder, tmp_path / "broken")
+    index = open_split(tmp_path / "broken", "train")
+    record = index.records[9]
+    with open(index.folder / index.shards[record["shard"]], "r+b") as tar:
+        tar.seek(int(record["json_offset"]) + 20)
+        old = tar.read(1)
+        tar.seek(-1, 1)
+        tar.write(bytes([old[0] ^ 1]))
+    return index
+
+
+def steps(
+    index: ShardIndex, builder: RowBuilder, *, rank: int = 0, world: int = 1, micro_batch: int = 3,
+    stage: int = 1, seed: int = 0, last_batch: str = "pad", **curriculum: Any,
+) -> StageSteps:  # fmt: skip
+    share = Share(rank, world, GLOBAL_BATCH, micro_batch)
+    config = CurriculumConfig(**{"stages": STAGES, **curriculum})
+    return StageSteps(index, builder, config, stage, share, seed, last_batch)
+
+
+def all_steps(dataset: StageSteps) -> list[list[Batch]]:
+    return [dataset[step] for step in range(len(dataset))]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+
+
+def assert_same(actual: list[list[Batch]], expected: list[list[Batch]]) -> None:
+    assert [len(step) for step in actual] == [len(step) for step in expected]
+    assert all(same(a, b) for a, b in zip(chain(*actual), chain(*expected), strict=True))
+
+
+def rows(step: list[Batch]) -> list[int]:
+    """Samples with labels in a step of a rank."""
+    return [
+        int(i)
+        for batch in step
+        for i, mask in zip(batch.row_ids, batch.target_mask, strict=True)
+        if mask.any()
+    ]
+
+
+# ---- workers and resume -----------------------------------------------------------------------
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_nothing(index: ShardIndex, builder: RowBuilder, workers: int) -> None:
+    dataset = steps(index, builder, mix=0.5)
+    assert_same(list(steps_from(dataset, 0, workers)), all_steps(dataset))
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_resuming_gives_the_tail(index: ShardIndex, builder: RowBuilder, start: int) -> None:
+    """Also in the second epoch, and at the end; the data set is a fresh one, as after a restart."""
+    whole = all_steps(steps(index, builder))
+    assert len(whole) == 6
+    assert_same(list(steps_from(steps(index, builder), start, 0)), whole[start:])
+
+
+def test_steps_can_be_asked_for_in_any_order(index: ShardIndex, builder: RowBuilder) -> None:
+    dataset = steps(index, builder)
+    backwards = [dataset[step] for step in reversed(range(len(dataset)))]
+    assert_same(backwards[::-1], all_steps(steps(index, builder)))
+
+
+# ---- ranks ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("last_batch", ["pad", "drop"])
+def test_a_steps_samples_do_not_depend_on_the_world(
+    index: ShardIndex, builder: RowBuilder, world: int, last_batch: str
+) -> None:
+    ranks = [steps(index, builder, rank=rank, world=world, last_batch=last_batch) for rank in range(world)]
+    alone = steps(index, builder, last_batch=last_batch)
+    for step in range(len(alone)):
+        shares = [dataset[step] for dataset in ranks]
+        assert sorted(chain(*map(rows, shares))) == sorted(rows(alone[step]))
+        shapes = [[batch.prompt_ids.shape[0] for batch in share] for share in shares]
+        assert all(shape == shapes[0] for shape in shapes) and len(shapes[0]) == ranks[0].share.accumulation
+        assert {batch.passes for share in shares for batch in share} == {1}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8, 20])
+def test_accumulation(index: ShardIndex, builder: RowBuilder, micro_batch: int) -> None:
+    dataset = steps(index, builder, micro_batch=micro_batch)
+    sizes = [len(batch.keys) for batch in dataset[0]]
+    assert sum(sizes) == GLOBAL_BATCH and len(sizes) == dataset.share.accumulation == -(
+        -GLOBAL_BATCH // micro_batch
+    )
+
+
+def test_rows_are_those_of_the_order(index: ShardIndex, builder: RowBuilder) -> None:
+    """Step 4 is the second batch of the second epoch of stage 1, each row as `training_row` builds it."""
+    samples = EpochOrder(index.shard_sizes, 3, 1, 1).take(GLOBAL_BATCH, GLOBAL_BATCH)
+    (batch,) = steps(index, builder, seed=3, micro_batch=8)[4]
+    built = [training_row(index, builder, int(i), STAGES[1], 3) for i in samples]
+    assert same(batch, collate(built, builder.processor.row_format, 1))
+    assert batch.row_ids.tolist() == samples.tolist() and batch.keys == [index.key(int(i)) for i in samples]
+
+
+def test_seeds_epochs_and_stages_differ(index: ShardIndex, builder: RowBuilder) -> None:
+    firsts = [
+        tuple(chain(*(rows(steps(index, builder, seed=seed, stage=stage)[3 * epoch + s]) for s in range(3))))
+        for seed in (0, 1) for stage in (0, 1) for epoch in (0, 1)
+    ]  # fmt: skip
+    assert len(set(firsts)) == 8 and all(sorted(first) == list(range(SAMPLES)) for first in firsts)
+
+
+# ---- the last batch, and lengths --------------------------------------------------------------
+def test_last_batch_is_padded(index: ShardIndex, builder: RowBuilder) -> None:
+    dataset = steps(index, builder, last_batch="pad")
+    assert dataset.steps_per_epoch == 3 and len(dataset) == 6
+    epoch = [dataset[step] for step in range(3)]
+    assert sorted(chain(*map(rows, epoch))) == list(range(SAMPLES))
+    assert [sum(len(batch.keys) for batch in step) for step in epoch] == [8, 8, 8]
+    assert len(rows(epoch[2])) == 7 and epoch[2][-1].keys[-1] == "" and not any(b.bad for b in epoch[2])
+
+
+def test_last_batch_is_dropped(index: ShardIndex, builder: RowBuilder) -> None:
+    dataset = steps(index, builder, last_batch="drop")
+    assert dataset.steps_per_epoch == 2 and len(dataset) == 4
+    counts = Counter(chain(rows(dataset[0]), rows(dataset[1])))
+    assert len(counts) == 16 and set(counts.values()) == {1}
+    other = Counter(chain(rows(dataset[2]), rows(dataset[3])))
+    assert other != counts, "the next epoch leaves out the same samples"
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        ({"epochs": 1}, 3),
+        ({"epochs": 0.5}, 2),
+        ({"epochs": 0.01}, 1),
+        ({"epochs": 2.34}, 7),
+        ({"steps": 5}, 5),
+    ],
+    ids=str,
+)
+def test_lengths(index: ShardIndex, builder: RowBuilder, length: dict, expected: int) -> None:
+    stages = [StageConfig(latents=0, skip=0, **length)]
+    assert len(steps(index, builder, stage=0, stages=stages)) == expected
+
+
+# ---- curriculum -------------------------------------------------------------------------------
+def test_rows_are_as_the_stage_shows_them(index: ShardIndex, builder: RowBuilder) -> None:
+    for stage, config in enumerate(STAGES):
+        batch = steps(index, builder, stage=stage, micro_batch=8)[0][0]
+        assert batch.latents.tolist() == [stage] * 8 and batch.passes == stage
+        example = index.read(int(batch.row_ids[0]))
+        shown = "".join(step + "\n" for step in view(example.rationale, config, 3).steps)
+        text = builder.processor.tokenizer.decode(batch.target_ids[0][batch.target_mask[0]])
+        assert text == f"{shown}Therefore, the answer is {'ABCD'[example.answer]}<|im_end|>"
+
+
+def mixed(index: ShardIndex, builder: RowBuilder, **options: Any) -> Iterator[Batch]:
+    yield from chain(*all_steps(steps(index, builder, stage=2, mix=0.5, **options)))
+
+
+def test_mix(index: ShardIndex, builder: RowBuilder) -> None:
+    """Rows of earlier stages in one batch; the number of passes stays that of the stage."""
+    batches = list(mixed(index, builder))
+    counts = Counter(int(n) for batch in batches for n in batch.latents[batch.target_mask.any(1)])
+    assert set(counts) == {0, 1, 2} and sum(counts.values()) == 2 * SAMPLES
+    assert {batch.passes for batch in batches} == {2}
+    assert any(len(set(batch.latents.tolist())) > 1 for batch in batches)
+
+
+def test_mix_does_not_depend_on_the_world(index: ShardIndex, builder: RowBuilder) -> None:
+    def latents(batches: Iterator[Batch]) -> list[tuple[str, int]]:
+        return sorted(
+            (key, int(n))
+            for batch in batches
+            for key, n in zip(batch.keys, batch.latents, strict=True)
+            if key
+        )
+
+    shares = (mixed(index, builder, rank=rank, world=3, micro_batch=2) for rank in range(3))
+    assert sorted(chain(*map(latents, shares))) == latents(mixed(index, builder))
+
+
+def test_passes_with_mix_are_the_most_of_any_stage_so_far(index: ShardIndex, builder: RowBuilder) -> None:
+    stages = [StageConfig(latents=n, skip=0, epochs=1) for n in (3, 1, 4)]
+    assert steps(index, builder, stages=stages, stage=1).passes == 1
+    assert steps(index, builder, stages=stages, stage=1, mix=0.5).passes == 3
+
+
+# ---- bad samples ------------------------------------------------------------------------------
+def test_a_corrupted_sample_is_a_masked_row(
+    index: ShardIndex, broken: ShardIndex, builder: RowBuilder
+) -> None:
+    """It keeps its slot, says its key and reason, and changes no other row."""
+    sound, damaged = all_steps(steps(index, builder)), all_steps(steps(broken, builder))
+    reasons = [line for step in damaged for batch in step for line in batch.bad]
+    assert (
+        reasons == ["000000009: its bytes in train-000002.tar are not those that were written"] * 2
+    )  # two epochs
+    for before, after in zip(sound, damaged, strict=True):
+        assert [b.keys for b in after] == [b.keys for b in before]
+        assert rows(after) == [row for row in rows(before) if row != 9]
+    assert 9 in rows(list(chain(*sound)))
+    hit = next(batch for batch in chain(*damaged) if batch.bad)
+    slot = hit.keys.index("000000009")
+    assert hit.prompt_mask[slot].sum() == 1 and not hit.target_mask[slot].any() and hit.latents[slot] == 0
+
+
+def test_bad_samples_cross_from_workers(broken: ShardIndex, builder: RowBuilder) -> None:
+    dataset = steps(broken, builder)
+    assert_same(list(steps_from(dataset, 0, 1)), all_steps(dataset))
+
+
+def test_an_unusable_sample_is_a_masked_row(index: ShardIndex, builder: RowBuilder) -> None:
+    greedy = RowBuilder(builder.processor, builder.config, num_patches=10)
+    row = training_row(index, greedy, 4, STAGES[1], 3)
+    reason = "10 patches a step (latent.num_patches) of an image that has 9"
+    assert (row.key, row.bad, list(row.target_ids)) == ("000000004", reason, [])
+    assert training_row(index, greedy, 4, STAGES[0], 3).bad == ""
+
+
+def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: RowBuilder) -> None:
+    greedy = RowBuilder(builder.processor, builder.config, num_patches=10)
+    batch = steps(index, greedy)[0][0]
+    assert len(batch.bad) == 3 and not batch.target_mask.any() and not batch.has_images and batch.passes == 1
+    fmt = builder.processor.row_format
+    reasons = [line.split(": ", 1) for line in batch.bad]
+    assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in reasons], fmt, 1))
