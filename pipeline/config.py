@@ -99,8 +99,9 @@ class OptimConfig(Section):
     """AdamW and what is done to its gradients."""
 
     lr: float = Field(4e-5, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant, or a cosine down to 5% at the end of the last stage."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After warm-up: constant; a cosine down to 5% at the end of the last stage; or warm-up, stable, decay: constant,
+    then a line down to 5% over the last 30% of all steps."""
     warmup_steps: int = Field(0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)

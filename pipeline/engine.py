@@ -196,6 +196,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "constant":
         return config.lr * warm
     done = min(1.0, step / max(1, steps))
+    if config.schedule == "wsd":
+        return config.lr * warm * min(1.0, max(0.05, (1 - done) / 0.3))
     return config.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 

@@ -6,6 +6,7 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -87,6 +88,12 @@ class StageSteps(Dataset):
         return training_row(self.index, self.builder, sample, stage, self.curriculum.groups)
 
 
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group asks the rank to stop; its workers end with it."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndarray:
     """Positions of the samples whose breakdown fields have the values that `where` lists; all without it.
 
@@ -128,5 +135,6 @@ def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[B
             sampler=range(start, len(dataset)),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_ignore_signals,
         )
     )

@@ -127,9 +127,7 @@ def test_stages_differ_in_their_number_only() -> None:
 def test_one_rank_per_gpu_on_both_nodes(project: Project) -> None:
     stale = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}
     options = ("--train.seed", "7", "--prompt.text", "two words, *")
-    job, log = project.run(
-        "slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr  1e-5", **stale
-    )
+    job, log = project.run("slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr  1e-5", **stale)
     assert job["JobState"] == "COMPLETED", log
     assert (job["JobName"], job["NumNodes"], job["NumTasks"]) == ("ivtlr-stage1", "2", "16")
     assert job["TresPerNode"] == "gres:gpu:8"
@@ -178,9 +176,12 @@ def test_sbatch_options_and_variables_change_the_number_of_ranks(project: Projec
         "0,1",
     )
 
-    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch", TASKS_PER_NODE="1", OUT="runs/cpu")
+    env = {"TASKS_PER_NODE": "2", "OUT": "runs/cpu", "SLURM_DISTRIBUTION": "cyclic"}
+    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch", **env)
     assert job["JobState"] == "COMPLETED", log
-    assert [record["host"] for record in project.ranks("runs/cpu")] == ["node1", "node2"]
+    ranks = project.ranks("runs/cpu")
+    assert [record["host"] for record in ranks] == ["node1", "node1", "node2", "node2"]
+    assert ranks[0]["env"]["SLURM_CPUS_PER_TASK"] == "32"
 
     job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch")
     assert job["ExitCode"] == "2:0"
@@ -257,7 +258,6 @@ def test_a_cluster_leaves_nothing_behind(cluster: Cluster) -> None:
 
 
 # ---- the real training program -----------------------------------------------------------------------------
-@pytest.mark.slow
 def test_stages_train_one_after_another(tmp_path: Path, cluster: Cluster) -> None:
     out = tmp_path / "run"
     env = {

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = [
@@ -84,7 +83,7 @@ class Cluster:
     def __init__(self, nodes: int = 2, gpus: int = 8, cpus: int = 64) -> None:
         self.nodes, self.gpus, self.cpus = nodes, gpus, cpus
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Cluster:
         self.state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: socket paths are limited
         try:
             self._start()
@@ -112,9 +111,7 @@ class Cluster:
             enter.append(f"--wd={cwd}")
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         own |= {"SLURM_CONF": str(self.state / "slurm.conf"), **(env or {})}
-        return subprocess.run(
-            [*enter, *command], env=own, capture_output=True, text=True, timeout=60, check=False
-        )
+        return subprocess.run([*enter, *command], env=own, capture_output=True, text=True, timeout=60, check=False)
 
     def submit(self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
         """`sbatch COMMAND...`; return the job's id."""
@@ -135,9 +132,7 @@ class Cluster:
         while (fields := self.job(job))["JobState"] in ACTIVE:
             if time.monotonic() > deadline:
                 self.run("scancel", str(job))
-                raise TimeoutError(
-                    f"job {job} is {fields['JobState']} after {seconds} s ({fields['Reason']})"
-                )
+                raise TimeoutError(f"job {job} is {fields['JobState']} after {seconds} s ({fields['Reason']})")
             time.sleep(0.1)
         return fields
 

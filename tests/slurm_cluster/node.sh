@@ -5,6 +5,7 @@ state=$1 name=$2 address=$3
 
 hostname "$name"
 mount -t tmpfs -o size=25% tmpfs /dev/shm
+touch "$state/$name.exists" # only now can world.sh plug in its cable
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip link set lo up
 ip address add "$address/24" dev eth0

@@ -22,8 +22,7 @@ slurmctld -c -i
 for ((i = 1; i <= nodes; i++)); do
   unshare --net --uts --mount --pid --kill-child --mount-proc \
     bash "$here/node.sh" "$state" "node$i" "10.213.0.$i" &
-  # the node waits for its cable, which can only be plugged in once its namespace exists
-  until [[ $(readlink "/proc/$!/ns/net") != $(readlink /proc/self/ns/net) ]]; do sleep 0.02; done
+  until [[ -e $state/node$i.exists ]]; do sleep 0.02; done
   ip link add "v$i" type veth peer name eth0 netns "$!"
   ip link set "v$i" master br0 up
 done
