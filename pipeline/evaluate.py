@@ -79,7 +79,7 @@ def main(
     """
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
-    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", limit or 1)):
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise UserError(f"--{name} {value}: expected 1 or more")
     folder = run or model

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -319,7 +320,9 @@ def entry() -> None:
             cli.run(main)
     except SystemExit as end:
         if end.code == 2:
-            time.sleep(30)  # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
+            # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            time.sleep(30)
         raise
 
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pipeline.config import load_config
+from pipeline.prepare import make_data
+from tests.launch import TINY, train
+
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -19,3 +23,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The tiny recipe's shards, made by its own command."""
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    make_data(load_config(TINY, {"data.path": str(folder)}), print)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, data):
+    """An uninterrupted 2-rank ZeRO-3 run: what others are compared with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, data, ranks=2)
+    return out

@@ -23,26 +23,9 @@ from pipeline.engine import add_latent_token, learning_rate
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel, add_lora, decay_groups
-from pipeline.prepare import make_data
 from pipeline.prompt import RowBuilder
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """The tiny recipe's shards, made by its own command."""
-    folder = tmp_path_factory.mktemp("tiny") / "data"
-    make_data(load_config(TINY, {"data.path": str(folder)}), print)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def whole_run(tmp_path_factory, data):
-    """An uninterrupted 2-rank ZeRO-3 run: what others are compared with."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(out, data, ranks=2)
-    return out
 
 
 def plain_losses(out, data, *, steps, **overrides):

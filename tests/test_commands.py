@@ -1,0 +1,101 @@
+"""The commands as users type them: what they print, where they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from data_prep.index import open_split
+from pipeline.export import ExportInfo, load_export
+from tests import launch
+
+
+def command(module, *options):
+    """(exit status, stdout, stderr) of `python -m MODULE OPTIONS`."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, options)],
+        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_evaluate_run(whole_run, data):
+    code, out, err = command("pipeline.evaluate", "--run", whole_run, "--timed", 2, "--max_new_tokens", 12)
+    assert code == 0, err
+    folder = whole_run / "evaluation" / "test"
+    reports = {r["name"]: r for r in json.loads((folder / "report.json").read_text())}
+    assert reports.keys() == {"explicit", "latent"}
+    assert reports["latent"]["questions"] == 24 and reports["latent"]["seconds"] > 0
+    lines = [json.loads(line) for line in (folder / "latent.predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [open_split(data, "test").read(i).id for i in range(24)]
+    assert {"id", "choices", "answer", "domain", "topic", "messages"} <= lines[0].keys()
+    mean = sum(line["autoregressive_steps"] for line in lines) / 24
+    assert mean == pytest.approx(reports["latent"]["autoregressive_steps"])
+    assert "explicit is the stage-0 model" in out
+    code, out, err = command("pipeline.summary", "--run", whole_run)
+    assert code == 0 and "latent, N=24" in out and "tensorboard --logdir" in out, err
+
+
+def test_ask(whole_run, data, tmp_path):
+    example = open_split(data, "test").read(0)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(example.image)
+    choices = [word for choice in example.choices for word in ("--choice", choice)]
+    code, out, err = command(
+        "pipeline.ask", "--run", whole_run, "--image", picture, "--question", example.question, *choices
+    )
+    assert code == 0, err
+    assert "latent step 2: patches (row,column) of 3x3: (" in out and "autoregressive steps" in out
+
+
+@pytest.mark.parametrize(
+    "module, options, message",
+    [
+        ("pipeline.evaluate", ["--model", "{data}"], "is not an export of this pipeline: it has no latent_config.json"),
+        ("pipeline.evaluate", [], "give either --run DIR or --model EXPORT"),
+        ("pipeline.evaluate", ["--run", "{run}", "--split", "tset"], "has no split tset; it has test, train, val"),
+        ("pipeline.evaluate", ["--run", "{run}", "--limt", "3"], "unknown option --limt; did you mean --limit?"),
+        ("pipeline.evaluate", ["--run", "{run}", "--limit", "0"], "--limit 0: expected 1 or more"),
+        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a"], "1 choices"),
+        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a", "--choice", "b", "--image", "/no"],
+         "--image /no: No such file or directory"),
+        ("pipeline.summary", ["--run", "{data}"], "is not a run folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_give_one_line(whole_run, data, module, options, message):
+    code, _, err = command(module, *[option.format(run=whole_run, data=data) for option in options])
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], err
+    assert "Traceback" not in err
+
+
+def test_export_is_plain_transformers(whole_run):
+    """The export loads with transformers alone, has no pickled file, and its vocabulary was not shrunk."""
+    folder = whole_run / "export" / "stage2"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = model.get_input_embeddings().num_embeddings
+    base = Qwen2VLForConditionalGeneration.from_pretrained(whole_run / "base").get_input_embeddings().num_embeddings
+    assert rows == base >= len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|latent|>") < rows
+    assert not [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+    assert ExportInfo.read(folder).latents == 2
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert len(list(file.keys())) > 20
+
+
+def test_export_gives_the_same_logits(whole_run):
+    """Reloaded and saved again, the weights are the same bytes; the latent attention gives stock logits at n = 0."""
+    folder = whole_run / "export" / "stage2"
+    loaded = load_export(folder)
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+    ours = dict(loaded.model.backbone.vlm.named_parameters())
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(parameter, ours[name]), name
