@@ -164,11 +164,7 @@ def help_text(main: Callable[..., object], program: str) -> str:
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
         required = parameter.default is parameter.empty
-        default = (
-            "required"
-            if required
-            else f"default {'none' if parameter.default is None else parameter.default}"
-        )
+        default = "required" if required else f"default {'none' if parameter.default is None else parameter.default}"
         lines.append(f"  --{name} {_kind(parameter.annotation)} ({default})")
     return "\n".join(lines)
 
@@ -182,9 +178,7 @@ def _kind(annotation: Any) -> str:
     return {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}[annotation]
 
 
-def run(
-    main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()
-) -> None:
+def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()) -> None:
     """Run a command: read `argv` (default: the process's), call `main(**options)`, end as a command should.
 
     `main` has keyword-only parameters; its `list[str]` ones may be repeated on the command line, and so may

@@ -71,9 +71,7 @@ def scan_tar(path: Path, shard: int) -> np.ndarray:
     return np.array(records, dtype=RECORD)
 
 
-def _record(
-    file: int, shard: int, key: str, text: tarfile.TarInfo, picture: tarfile.TarInfo | None
-) -> tuple[Any, ...]:
+def _record(file: int, shard: int, key: str, text: tarfile.TarInfo, picture: tarfile.TarInfo | None) -> tuple[Any, ...]:
     json_member = os.pread(file, text.size, text.offset_data)
     image_member = os.pread(file, picture.size, picture.offset_data) if picture else b""
     width, height = image_size(image_member) if picture else (0, 0)
@@ -112,9 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no manifest.json, so it is no finished shard folder; {_REMAKE}"
-        ) from None
+        raise UserError(f"{folder} has no manifest.json, so it is no finished shard folder; {_REMAKE}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {_REMAKE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -218,9 +214,7 @@ def open_split(folder: Path, split: str) -> ShardIndex:
     part = manifest["splits"][split]
     for name in (part["index"]["name"], *(shard["name"] for shard in part["shards"])):
         if name != Path(name).name or name in ("", ".", ".."):
-            raise UserError(
-                f"{folder}/manifest.json names {name}, which is no file of this folder; {_REMAKE}"
-            )
+            raise UserError(f"{folder}/manifest.json names {name}, which is no file of this folder; {_REMAKE}")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; {_REMAKE}")
     _check_index(folder / part["index"]["name"], part)
@@ -233,9 +227,7 @@ def open_split(folder: Path, split: str) -> ShardIndex:
 
 def _check_index(path: Path, part: dict[str, Any]) -> None:
     if sha256(path) != part["index"]["sha256"]:
-        raise UserError(
-            f"{path} is not the index that manifest.json was written for: its hash differs; {_REMAKE}"
-        )
+        raise UserError(f"{path} is not the index that manifest.json was written for: its hash differs; {_REMAKE}")
     records = np.load(path, mmap_mode="r", allow_pickle=False)
     if records.dtype != RECORD or records.shape != (part["samples"],):
         raise UserError(f"{path} does not hold {part['samples']} index records; {_REMAKE}")

@@ -125,9 +125,7 @@ def _finished_splits(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     manifest = read_manifest(out)
     for name, value in settings.items():
         if manifest[name] != value:
-            raise UserError(
-                f"--out {out} was made with {name} {manifest[name]}, not {value}; choose another folder"
-            )
+            raise UserError(f"--out {out} was made with {name} {manifest[name]}, not {value}; choose another folder")
     return manifest["splits"]
 
 
@@ -154,9 +152,7 @@ def _build_split(
     samples = sum(result.entry["samples"] for result in results)
     if not samples:
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "it has no rows"
-        raise UserError(
-            f"nothing of the split {split} could be used: {why} (see {out / split}.rejects.jsonl)"
-        )
+        raise UserError(f"nothing of the split {split} could be used: {why} (see {out / split}.rejects.jsonl)")
 
     index = out / f"{split}.index.npy"
     write_index(index, np.concatenate([result.records for result in results]))

@@ -55,9 +55,7 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 def training_texts(example: Example) -> Iterator[str]:
     """The texts of a question as a model is going to see them."""
-    options = "\n".join(
-        f"({LETTERS[i % len(LETTERS)]}).{{{choice}}}" for i, choice in enumerate(example.choices)
-    )
+    options = "\n".join(f"({LETTERS[i % len(LETTERS)]}).{{{choice}}}" for i, choice in enumerate(example.choices))
     yield f"[Question]:{{{example.question}}}\n[Options]:\n{options}\nAnswer:\n"
     yield f"Therefore, the answer is {LETTERS[example.answer % len(LETTERS)]}"
     yield from (text for text in (example.rationale, example.context) if text)
@@ -95,9 +93,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
         reason = str(error).rpartition("] ")[2] or "there is no text"
-        raise UserError(
-            f"SentencePiece cannot learn {vocab_size} pieces from these texts: {reason}"
-        ) from error
+        raise UserError(f"SentencePiece cannot learn {vocab_size} pieces from these texts: {reason}") from error
     return model.getvalue()
 
 
@@ -113,9 +109,7 @@ def wrap(model: bytes) -> PreTrainedTokenizerFast:
     bpe = models.BPE(vocabulary, _merges(vocabulary), unk_token=_UNKNOWN, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,

@@ -83,6 +83,8 @@ class Batch:
     """(B,) int64, seeds per-row draws"""
     passes: int
     """Latent passes of this step: the largest number any row of any rank has"""
+    has_images: bool
+    """Whether `pixel_values` are rows' images; else they are the blank one"""
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     """`key: reason` of rows masked because their sample could not be used"""
@@ -92,15 +94,6 @@ class Batch:
     def labels(self) -> Tensor:
         """(B,R) int64, IGNORE on padding."""
         return self.target_ids.masked_fill(~self.target_mask, IGNORE)
-
-    @property
-    def has_images(self) -> bool:
-        return self.image_columns > 0
-
-    @property
-    def image_columns(self) -> int:
-        """Image columns in all rows; 0 where `pixel_values` is the blank image."""
-        return int(self.image_mask.sum())
 
     @property
     def columns(self) -> int:
@@ -141,7 +134,8 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
             raise ValueError(f"{row.key}: {found} image columns for images of {expected}")
     pixels = [torch.from_numpy(row.pixel_values) for row in rows if row.pixel_values is not None]
     grids = [grid for row in rows for grid in row.image_grid]
-    if not pixels:
+    has_images = bool(pixels)
+    if not has_images:
         pixels, grids = [torch.zeros(fmt.merge**2, fmt.patch_dim)], [(1, fmt.merge, fmt.merge)]
     return Batch(
         prompt_ids=prompt_ids,
@@ -155,6 +149,7 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
         target_mask=target_mask,
         row_ids=torch.tensor([row.row_id for row in rows], dtype=torch.int64),
         passes=passes,
+        has_images=has_images,
         keys=[row.key for row in rows],
         bad=[f"{row.key}: {row.bad}" for row in rows if row.bad],
         dropped_steps=sum(row.dropped_steps for row in rows),

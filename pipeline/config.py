@@ -26,7 +26,7 @@ DEMO_RECIPE = ROOT / "recipes" / "demo.yaml"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ScratchConfig(Section):
@@ -197,8 +197,11 @@ def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterabl
         *sections, last = name.split(".")
         for section in sections:
             inner = place.get(section)
-            place[section] = place = dict(inner) if isinstance(inner, dict) else {}
-        place[last] = _value(text, known[name])
+            if inner is not None and not isinstance(inner, dict):
+                break  # validation says what is wrong with it
+            place[section] = place = dict(inner or {})
+        else:
+            place[last] = _value(text, known[name])
     try:
         config = validate(values, str(recipe or "defaults"))
     except UserError as error:

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.errors import UserError
 from data_prep.index import BadSample, ShardIndex
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder, UnusableSample
+
+
+LAST_SECONDS = 30
+"""How long a worker outlives SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class StageSteps(Dataset):
         self._sizes = np.bincount(shards, minlength=len(index.shard_sizes)).tolist()
         samples, batch = len(self.chosen), share.global_batch
         self.steps_per_epoch = samples // batch if last_batch == "drop" else -(-samples // batch)
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"stage {stage}: {samples} training samples fit it, less than one global batch of {batch};"
+                " lower train.global_batch or set data.last_batch to pad"
+            )
         self._epoch: tuple[int, EpochOrder] | None = None
 
     def __len__(self) -> int:
@@ -88,10 +99,10 @@ class StageSteps(Dataset):
         return training_row(self.index, self.builder, sample, stage, self.curriculum.groups)
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group asks the rank to stop; its workers end with it."""
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlast_signals(worker: int) -> None:
+    """A signal to the whole process group asks the rank to stop: its workers go on while it saves, but not for ever."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(LAST_SECONDS, os._exit, (143,)).start())
 
 
 def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndarray:
@@ -135,6 +146,6 @@ def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[B
             sampler=range(start, len(dataset)),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlast_signals,
         )
     )

@@ -40,9 +40,7 @@ def launch(out: Path, data: Path, *options: str, ranks: int = 2, ds: str = "zero
 
 def _start(command: list[str], out: Path, **extra: str) -> subprocess.Popen:
     log = open(f"{out}.log", "a")  # noqa: SIM115  (the child's)
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(**extra), stdout=log, stderr=log, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdout=log, stderr=log, start_new_session=True)
 
 
 def train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> str:

@@ -46,9 +46,7 @@ def backbone():
 
 
 def options(case):
-    return LatentConfig(
-        num_patches=case["K"], latent_grad="detach", positions="sequential", patch_order="score"
-    )
+    return LatentConfig(num_patches=case["K"], latent_grad="detach", positions="sequential", patch_order="score")
 
 
 def rows_of(case, data, config):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
 from data_prep.index import open_split
@@ -20,6 +21,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.engine import add_latent_token, learning_rate
+from pipeline.export import load_export
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel, add_lora, decay_groups
@@ -79,21 +81,102 @@ def test_zero3_equals_plain_pytorch(whole_run, data):
 
 
 def test_zero3_equals_plain_pytorch_lora(whole_run, data, tmp_path):
-    """The same with LoRA on a pretrained folder: here the run's own first export."""
-    lora = {
-        "model.scratch": "none",
-        "model.path": str(whole_run / "export" / "stage0"),
-        "model.lora": "{r: 4, alpha: 8, dropout: 0}",
-        "optim.lr": "0.01",
-    }
+    """The same with LoRA, in two starts: frozen weights are not in the checkpoint, and must come from the base."""
+    lora = lora_settings(whole_run)
     out = tmp_path / "lora"
-    train(out, data, *[word for k, v in lora.items() for word in (f"--{k}", v)], ranks=2)
+    for stages in ("0", "1-2"):
+        train(out, data, "--stages", stages, *options_of(lora), ranks=2)
     expected = plain_losses(out, data, steps=20, **lora)
+    assert expected[-1] < expected[0]
     assert_losses(losses(out), expected, 1e-5)
     state = Checkpoints(out).all()[-1].state
     assert len(state.base_hash) == 64, "a LoRA checkpoint names its base"
     sizes = sum(p.stat().st_size for p in Checkpoints(out).all()[-1].path.rglob("*model_states.pt"))
     assert sizes < (whole_run / "export" / "stage0" / "model.safetensors").stat().st_size, "frozen weights are stored"
+
+
+def lora_settings(run, **more):
+    """LoRA on a pretrained folder: the first export of `run`."""
+    return {
+        "model.scratch": "none",
+        "model.path": str(run / "export" / "stage0"),
+        "model.lora": "{r: 4, alpha: 8, dropout: 0}",
+        "optim.lr": "0.01",
+        **more,
+    }
+
+
+def options_of(settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def test_lora_export_merged_and_adapter(whole_run, data, tmp_path):
+    """Both forms give the same hidden states, and others than the base."""
+    loaded = {}
+    for form in ("merged", "adapter"):
+        lora = lora_settings(whole_run, **{"model.lora": f"{{r: 4, alpha: 8, dropout: 0, export: {form}}}"})
+        train(tmp_path / form, data, "--stages", "0", *options_of(lora))
+        loaded[form] = load_export(tmp_path / form / "export" / "stage0")
+    assert (tmp_path / "adapter" / "export" / "stage0" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "export" / "stage0" / "model.safetensors").exists()
+    loaded["base"] = load_export(whole_run / "export" / "stage0")
+    ids = torch.arange(20, 60)[None]
+    hidden = {k: v.model.backbone.core(input_ids=ids).logits for k, v in loaded.items()}
+    assert (hidden["merged"] - hidden["adapter"]).abs().max() < 1e-4
+    assert (hidden["merged"] - hidden["base"]).abs().max() > 1e-2
+
+
+def test_changed_base_is_refused(whole_run, data, tmp_path):
+    """A LoRA checkpoint on another base than it was trained with would silently be another model."""
+    base = tmp_path / "base"
+    shutil.copytree(whole_run / "export" / "stage0", base)
+    lora = lora_settings(whole_run, **{"model.path": str(base)})
+    train(tmp_path / "run", data, "--stages", "0", *options_of(lora))
+    shutil.copy(whole_run / "export" / "stage2" / "model.safetensors", base)
+    code, log = start(tmp_path / "run", data, "--stages", "1", *options_of(lora))
+    assert code == 2
+    assert "the base model is not the one that" in log
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["room", "full"])
+def test_latent_token_under_zero3(whole_run, data, tmp_path, padded):
+    """The new token's row is the mean of the rows in use; a vocabulary grows only when it is full, never shrinks."""
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "base")
+    vlm = Qwen2VLForConditionalGeneration.from_pretrained(whole_run / "base")
+    used, rows = len(tokenizer), vlm.get_input_embeddings().num_embeddings
+    base = tmp_path / "base"
+    shutil.copytree(whole_run / "base", base)
+    if not padded:
+        vlm.resize_token_embeddings(used)
+        vlm.save_pretrained(base)
+    before = vlm.get_input_embeddings().weight.detach().clone()
+    train(
+        tmp_path / "run", data, "--stages", "0", "--model.scratch", "none", "--model.path", str(base),
+        "--optim.lr", "1e-12", "--optim.weight_decay", "0", "--train.val_samples", "0",
+        "--curriculum.stages", "[{latents: 0, skip: 0, steps: 1}]", ranks=2,
+    )  # fmt: skip
+    after = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "export" / "stage0")
+    weight = after.get_input_embeddings().weight.detach()
+    assert len(weight) == (rows if padded else -(-(used + 1) // 64) * 64)
+    assert torch.allclose(weight[:used], before[:used], atol=1e-6)
+    assert torch.allclose(weight[used], before[:used].mean(0), atol=1e-6)
+    if padded:
+        assert torch.allclose(weight[used + 1 :], before[used + 1 :], atol=1e-6)
+
+
+def test_asked_to_stop(whole_run, data, tmp_path):
+    """SIGUSR1 to one rank: both save at the same step and end with 75; the next start goes on."""
+    out = tmp_path / "run"
+    process = launch.launch(out, data)
+    launch.wait_for_step(out, 9, process)
+    os.kill(launch.rank_processes(out)[-1], signal.SIGUSR1)
+    try:
+        assert process.wait(timeout=120) == 75
+    finally:
+        launch.kill_tree(process)
+    assert "stopped on request at stage 1" in Path(f"{out}.log").read_text()
+    train(out, data, ranks=2)
+    assert losses(out) == losses(whole_run)
 
 
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3_offload"])

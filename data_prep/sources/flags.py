@@ -65,9 +65,7 @@ class Layout:
 
     def picture(self, cell: int) -> bytes:
         """PNG of `grid` x `grid` cells of `cell` pixels."""
-        tiles = np.stack(
-            [_tile(*flag, arrow, cell) for flag, arrow in zip(self.flags, self.arrows, strict=True)]
-        )
+        tiles = np.stack([_tile(*flag, arrow, cell) for flag, arrow in zip(self.flags, self.arrows, strict=True)])
         side = self.grid * cell
         pixels = tiles.reshape(self.grid, self.grid, cell, cell).swapaxes(1, 2).reshape(side, side)
         image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -89,9 +87,7 @@ def neighbours(grid: int) -> list[tuple[int, ...]]:
     for cell in range(grid**2):
         places = [(cell // grid + down, cell % grid + right) for down, right in DIRECTIONS.values()]
         inside = [0 <= row < grid and 0 <= column < grid for row, column in places]
-        table.append(
-            tuple(row * grid + column if ok else -1 for (row, column), ok in zip(places, inside, strict=True))
-        )
+        table.append(tuple(row * grid + column if ok else -1 for (row, column), ok in zip(places, inside, strict=True)))
     return table
 
 

@@ -158,9 +158,7 @@ def open_table(input: str | None) -> JsonLines:
     if path.is_dir():
         files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
     if not files or not all(file.is_file() for file in files.values()):
-        raise UserError(
-            f"--input {input}: no such file, nor a folder with train.jsonl, val.jsonl or test.jsonl"
-        )
+        raise UserError(f"--input {input}: no such file, nor a folder with train.jsonl, val.jsonl or test.jsonl")
     try:
         return JsonLines(files)
     except OSError as error:

@@ -51,9 +51,7 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
             found = datasets.load_dataset(input)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the library raises errors of many kinds, from the network's to the parquet reader's
+    except Exception as error:  # the library raises errors of many kinds, from the network's to the parquet reader's
         reason = str(error).partition("\n")[0]
         raise UserError(f"--input {input}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
@@ -74,9 +72,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         words = [re.split(r"[-_.]", part)[0].lower() for part in path.relative_to(folder).parts[::-1]]
         split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
         if split is None:
-            raise UserError(
-                f"--input {folder}: cannot tell the split of {path.name}; name it train, val or test"
-            )
+            raise UserError(f"--input {folder}: cannot tell the split of {path.name}; name it train, val or test")
         files.setdefault("validation" if split == "val" else split, []).append(path)
     if not files:
         raise UserError(f"--input {folder}: no parquet files in this folder")

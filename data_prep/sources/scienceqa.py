@@ -113,9 +113,7 @@ def _open_problems(path: Path) -> ScienceQAProblems:
         for id, problem in problems.items():
             ids.setdefault(problem.get("split", "train"), []).append(id)
         if strangers := sorted(set(map(str, ids)) - set(SPLITS)):
-            raise UserError(
-                f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}"
-            )
+            raise UserError(f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}")
     return ScienceQAProblems(problems, ids, path.parent / "images")
 
 

@@ -64,9 +64,7 @@ class TrailsOptions:
 
     def deck(self) -> list[str]:
         """`mix` as `_DECK` kinds in a fixed order; of another length if the shares do not add up to 1."""
-        shares = {
-            kind: float(share) for kind, _, share in (part.partition(":") for part in self.mix.split(","))
-        }
+        shares = {kind: float(share) for kind, _, share in (part.partition(":") for part in self.mix.split(","))}
         return [kind for kind, share in sorted(shares.items()) for _ in range(round(share * _DECK))]
 
     def problems(self) -> list[str]:
@@ -133,9 +131,7 @@ class Trails:
                 asked = _describe(layout, rng)
             if asked is not None:
                 return self._example(split, row, kind, position, layout, asked)
-        raise UserError(
-            f"--hops {options.hops} is too many for --grid {options.grid}: no picture has 4 such trails"
-        )
+        raise UserError(f"--hops {options.hops} is too many for --grid {options.grid}: no picture has 4 such trails")
 
     def _deal(self, split: str, row: int) -> tuple[str, int]:
         """The kind of a row, and how many rows of that kind the split has before it."""
@@ -144,9 +140,7 @@ class Trails:
         kind = deck[offset]
         return kind, number * deck.count(kind) + deck[:offset].count(kind)
 
-    def _example(
-        self, split: str, row: int, kind: str, position: int, layout: Layout, asked: _Asked
-    ) -> Example:
+    def _example(self, split: str, row: int, kind: str, position: int, layout: Layout, asked: _Asked) -> Example:
         choices = list(asked.wrong)
         choices.insert(position, asked.right)
         return Example(

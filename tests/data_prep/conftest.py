@@ -15,9 +15,7 @@ from data_prep.example import Example
 datasets = pytest.importorskip("datasets")
 
 
-def picture(
-    colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any
-) -> bytes:
+def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size, colour).save(out, format, **options)
     return out.getvalue()
@@ -92,7 +90,5 @@ def scienceqa_folder(tmp_path: Path) -> Path:
     (folder / "images" / "train" / "2").mkdir(parents=True)
     (folder / "images" / "train" / "2" / "image.png").write_bytes(picture())
     (folder / "problems.json").write_text(json.dumps(problems))
-    (folder / "pid_splits.json").write_text(
-        json.dumps({"train": ["1", "2", "3"], "val": ["4"], "test": ["5"]})
-    )
+    (folder / "pid_splits.json").write_text(json.dumps({"train": ["1", "2", "3"], "val": ["4"], "test": ["5"]}))
     return folder

@@ -77,9 +77,7 @@ TEXT = st.text(min_size=1)
 def test_record_round_trip(question: str, choices: list[str], rationale: str, fields: dict[str, str]) -> None:
     import json
 
-    example = make_example(
-        question=question, choices=tuple(choices), answer=0, rationale=rationale, fields=fields
-    )
+    example = make_example(question=question, choices=tuple(choices), answer=0, rationale=rationale, fields=fields)
     again = Example.from_record(json.loads(example.to_json()), example.image)
     assert again == example
     assert again.content_hash() == example.content_hash()

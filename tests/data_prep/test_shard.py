@@ -108,9 +108,7 @@ def test_rejects(m3cot_folder: Path, tmp_path: Path, workers: int) -> None:
 
 
 def test_text_only_questions_can_be_skipped(scienceqa_folder: Path, tmp_path: Path) -> None:
-    manifest = build(
-        "scienceqa", tmp_path / "out", input=str(scienceqa_folder), split="train", text_only="skip"
-    )
+    manifest = build("scienceqa", tmp_path / "out", input=str(scienceqa_folder), split="train", text_only="skip")
     part = manifest["splits"]["train"]
     assert (part["samples"], part["counts"]["skipped"]) == (1, 1)
     assert part["counts"]["rejected"] == {"image file cannot be read": 1}
@@ -119,9 +117,7 @@ def test_text_only_questions_can_be_skipped(scienceqa_folder: Path, tmp_path: Pa
 
 def test_nothing_usable(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in" / "test.parquet", [m3cot_row(0, answer="Z"), m3cot_row(1, question="")])
-    with pytest.raises(
-        UserError, match="nothing of the split test could be used: 1 x answer outside the choices"
-    ):
+    with pytest.raises(UserError, match="nothing of the split test could be used: 1 x answer outside the choices"):
         build("m3cot", tmp_path / "out", input=str(tmp_path / "in"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -265,9 +261,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "--source is missing"),
     ],
 )
-def test_command_mistakes(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_mistakes(words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run(shard.main, ["--out", str(tmp_path / "out"), *words])
     assert caught.value.code == 2
@@ -281,7 +275,5 @@ def test_help_names_every_option() -> None:
 
 def test_data_prep_needs_no_torch() -> None:
     modules = ["example", "index", "shard", "tokenizer", "sources.m3cot", "sources.trails"]
-    code = (
-        f"import sys, {', '.join(f'data_prep.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"
-    )
+    code = f"import sys, {', '.join(f'data_prep.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

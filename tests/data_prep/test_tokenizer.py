@@ -123,9 +123,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--corpus", "nowhere"], "--corpus nowhere: cannot be read"),
     ],
 )
-def test_command_mistakes(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_mistakes(words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run(tokenizer.main, ["--out", str(tmp_path), "--vocab_size", "500", *words])
     assert caught.value.code == 2

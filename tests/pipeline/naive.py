@@ -47,15 +47,11 @@ class NaiveRow:
         """choice: takes the place of the selection."""
         self.vlm, self.row, self.config, self.choice = vlm, row, config, choice
         ids = torch.tensor(row.prompt_ids)
-        self.free = [
-            column for column, token in enumerate(row.prompt_ids) if token == vlm.config.image_token_id
-        ]
+        self.free = [column for column, token in enumerate(row.prompt_ids) if token == vlm.config.image_token_id]
         self.prompt = self.embed(ids)
         if row.pixel_values is not None:
             grid = torch.tensor(row.image_grid)
-            features = torch.cat(
-                vlm.model.get_image_features(torch.from_numpy(row.pixel_values), grid).pooler_output
-            )
+            features = torch.cat(vlm.model.get_image_features(torch.from_numpy(row.pixel_values), grid).pooler_output)
             columns = dict(zip(self.free, features, strict=True))
             self.prompt = torch.stack([columns.get(i, embedding) for i, embedding in enumerate(self.prompt)])
         self.embeds = self.prompt
@@ -131,9 +127,7 @@ def smallest_gap(scores: Tensor) -> float:
     return min((b - a for a, b in itertools.pairwise(scores.sort().values.tolist())), default=float("inf"))
 
 
-def full_pass(
-    vlm: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def full_pass(vlm: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Final hidden states (T,D) and attention maps (layers,H,T,T) of a whole prefix."""
     out = vlm.model.language_model(
         inputs_embeds=embeds[None],

@@ -40,13 +40,13 @@ def test_the_rest_of_a_batch() -> None:
     assert batch.keys == ["a", "b", "c"] and batch.bad == []
     assert batch.image_grid.tolist() == [[1, 2, 2]] * 3
     assert batch.pixel_values[:, 0].tolist() == [3.0] * 4 + [4.0] * 8  # in the rows' order
-    assert (batch.image_columns, batch.has_images, batch.columns) == (3, True, 8 + 5)
+    assert batch.has_images and batch.columns == 8 + 5
 
 
 def test_text_only_batch_has_a_blank_image() -> None:
     batch = collate([ROWS[1]], FORMAT, 0)
     assert batch.image_grid.tolist() == [[1, 2, 2]] and batch.pixel_values.tolist() == [[0.0] * 3] * 4
-    assert not batch.has_images and batch.image_columns == 0
+    assert not batch.has_images and not batch.image_mask.any()
 
 
 def test_masked_rows() -> None:

@@ -17,9 +17,7 @@ SOUND = {"model.path": "model", "data.path": "data"}
 
 def load(recipe: Path | None = None, **overrides: str) -> RunConfig:
     """`__` in names for the dots."""
-    return load_config(
-        recipe, {**SOUND, **{name.replace("__", "."): text for name, text in overrides.items()}}
-    )
+    return load_config(recipe, {**SOUND, **{name.replace("__", "."): text for name, text in overrides.items()}})
 
 
 def problems(recipe: Path | None, overrides: dict[str, str]) -> list[str]:
@@ -156,9 +154,7 @@ def test_bad_values(name: str, text: str, message: str) -> None:
 
 # ---- names ------------------------------------------------------------------------------------
 def test_unknown_option_is_refused_with_the_nearest_name() -> None:
-    assert problems(None, {**SOUND, "optim.lrr": "1"}) == [
-        "unknown option --optim.lrr; did you mean --optim.lr?"
-    ]
+    assert problems(None, {**SOUND, "optim.lrr": "1"}) == ["unknown option --optim.lrr; did you mean --optim.lr?"]
     assert problems(None, {**SOUND, "zzzzzz": "1"}) == ["unknown option --zzzzzz"]
 
 
@@ -175,9 +171,7 @@ def test_unknown_key_of_a_stage_is_refused(write) -> None:
     assert "unknown key curriculum.stages.0.latent" in line
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "train", "optim", "curriculum.stages.latents", "data.options.hops"]
-)
+@pytest.mark.parametrize("name", ["model", "train", "optim", "curriculum.stages.latents", "data.options.hops"])
 def test_what_is_no_single_setting_cannot_be_set(name: str) -> None:
     (line,) = problems(None, {**SOUND, name: "1"})
     assert line.startswith(f"unknown option --{name}; did you mean --")
@@ -196,11 +190,7 @@ def test_every_name_can_be_set() -> None:
     assert {"train.seed", "latent.num_patches", "model.lora", "curriculum.stages"} <= flat.keys()
     for name, default in flat.items():
         text = (
-            "none"
-            if default is None
-            else default
-            if isinstance(default, str)
-            else yaml.safe_dump(dumped(config, name))
+            "none" if default is None else default if isinstance(default, str) else yaml.safe_dump(dumped(config, name))
         )
         assert load_config(None, {**SOUND, name: text}) == config, name
 

@@ -17,9 +17,7 @@ def stage(latents: int = 0, skip: int = 0, **options) -> StageConfig:
     return StageConfig(latents=latents, skip=skip, **options or {"epochs": 1})
 
 
-@pytest.mark.parametrize(
-    ("skip", "steps"), [(0, MERGED), (1, MERGED[1:]), (2, MERGED[2:]), (3, []), (9, [])], ids=str
-)
+@pytest.mark.parametrize(("skip", "steps"), [(0, MERGED), (1, MERGED[1:]), (2, MERGED[2:]), (3, []), (9, [])], ids=str)
 def test_first_steps_are_left_out(skip: int, steps: list[str]) -> None:
     assert view(FIVE, stage(2, skip), 3) == View(2, steps)
 
@@ -47,11 +45,7 @@ def test_latents_do_not_depend_on_the_number_of_steps() -> None:
 def test_published_schedule() -> None:
     stages = CurriculumConfig().stages
     assert [(s.epochs, s.steps, s.latents, s.skip) for s in stages] == [(4, None, n, n) for n in range(4)]
-    assert (
-        CurriculumConfig().groups == 3
-        and CurriculumConfig().mix == 0
-        and not CurriculumConfig().reset_optimizer
-    )
+    assert CurriculumConfig().groups == 3 and CurriculumConfig().mix == 0 and not CurriculumConfig().reset_optimizer
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,9 @@ def test_equals_the_definition(window: int | None, positions: str) -> None:
     config = {"positions": positions}
     out = answers(backbone, rows, config=config)
     with torch.no_grad():
-        expected = [
-            NaiveRow(stock, row, LatentConfig(num_patches=4, **config)).answer(NEW, NO_EOS) for row in rows
-        ]
+        expected = [NaiveRow(stock, row, LatentConfig(num_patches=4, **config)).answer(NEW, NO_EOS) for row in rows]
     assert out.tokens == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(rows), (
-        "the rows have one answer: nothing is tested"
-    )
+    assert len({tuple(tokens) for tokens in expected}) == len(rows), "the rows have one answer: nothing is tested"
 
 
 @pytest.mark.parametrize("latents", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 3, 1)], ids=str)
@@ -79,9 +75,7 @@ def chosen(out: Generation, rows: list[Row], row: int) -> list[list[int]]:
 
 def test_without_latents_equals_transformers_generate(models: tuple[Qwen2VL, nn.Module]) -> None:
     backbone, stock = models
-    for row, tokens in zip(
-        rows_of(stock, (0,) * 4), answers(backbone, rows_of(stock, (0,) * 4)).tokens, strict=True
-    ):
+    for row, tokens in zip(rows_of(stock, (0,) * 4), answers(backbone, rows_of(stock, (0,) * 4)).tokens, strict=True):
         assert tokens == stock_answer(stock, row)
 
 
@@ -134,9 +128,7 @@ def test_forward_calls(models: tuple[Qwen2VL, nn.Module]) -> None:
 def test_each_call_feeds_new_columns_only(models: tuple[Qwen2VL, nn.Module]) -> None:
     backbone, stock = models
     rows, fed = rows_of(stock), []
-    handle = backbone.decoder.layers[0].register_forward_pre_hook(
-        lambda _, args: fed.append(args[0].shape[1])
-    )
+    handle = backbone.decoder.layers[0].register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
     answers(backbone, rows)
     handle.remove()
     assert fed == [max(len(row.prompt_ids) for row in rows), 5, 5, 5] + [1] * (NEW - 1)

@@ -82,9 +82,7 @@ def checkpointed(backbone: Qwen2VL, enabled: bool) -> Iterator[None]:
     backbone.core.gradient_checkpointing_disable()
 
 
-def ours(
-    backbone: Qwen2VL, rows: list[Row], config: LatentConfig, passes: int | None = None
-) -> tuple[Trace, Tensor]:
+def ours(backbone: Qwen2VL, rows: list[Row], config: LatentConfig, passes: int | None = None) -> tuple[Trace, Tensor]:
     """The trace of the padded batch, and the NLL of every target token in row-major order."""
     batch = collate(rows, FORMAT, max(row.latents for row in rows) if passes is None else passes)
     trace = latent_forward(backbone, batch, config)
@@ -95,14 +93,10 @@ def gradients(vlm: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Gradient of every trained parameter; zero where the loss does not depend on it."""
     trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {
-        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)
-    }
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
 
 
-def assert_same_gradients(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-4
-) -> None:
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-4) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         error, largest = (actual[name] - gradient).abs().max().item(), gradient.abs().max().item()
@@ -127,9 +121,7 @@ def assert_same(backbone: Qwen2VL, stock: nn.Module, rows: list[Row], config: La
         assert min([step.gap for step in naive[i].steps], default=1) > 1e-5, "scores too close to be ranked"
         assert chosen == [step.columns for step in naive[i].steps], f"{row.key}: other patches"
         for ours_step, step in zip(trace.steps, naive[i].steps, strict=False):
-            torch.testing.assert_close(
-                ours_step.saliency[i, -len(step.scores) :], step.scores, atol=1e-5, rtol=0
-            )
+            torch.testing.assert_close(ours_step.saliency[i, -len(step.scores) :], step.scores, atol=1e-5, rtol=0)
     expected = torch.cat([row.nll() for row in naive])
     torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
     torch.testing.assert_close(nll.mean(), expected.mean(), atol=1e-5, rtol=0)
@@ -146,9 +138,7 @@ def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], case: dict[str
 
 @pytest.mark.parametrize("patch_order", ["position", "score"])
 @pytest.mark.parametrize("selection", ["least", "uniform", "random", "none"])
-def test_controls_equal_the_definition(
-    models: tuple[Qwen2VL, nn.Module], selection: str, patch_order: str
-) -> None:
+def test_controls_equal_the_definition(models: tuple[Qwen2VL, nn.Module], selection: str, patch_order: str) -> None:
     config = LatentConfig(num_patches=4, selection=selection, patch_order=patch_order)
     assert_same(*models, rows_of(models[1], "several-per-row", "n-mixed"), config)
 
@@ -163,14 +153,22 @@ def test_sliding_window_equals_the_definition(latent_grad: str, checkpointing: b
         assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config)
 
 
+def test_a_question_that_ends_in_its_image(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """The next position is above every axis, here the height, which is ahead of the last column's others."""
+    backbone, stock = models
+    rows = [make_row(Shape([(5, 2)], latents=2), 0, stock), make_row(Shape([WIDE], latents=1), 1, stock)]
+    end = len(rows[0].prompt_ids) - rows[0].prompt_ids[::-1].index(FORMAT.image_token_id)
+    rows[0].prompt_ids, rows[0].prompt_positions = rows[0].prompt_ids[:end], rows[0].prompt_positions[:, :end]
+    assert len(set(rows[0].prompt_positions[:, -1])) == 3
+    assert_same(backbone, stock, rows, LatentConfig(num_patches=3))
+
+
 @pytest.mark.parametrize("window", [None, 6], ids=["full", "sliding"])
 def test_the_definition_has_the_masks_of_transformers(window: int | None) -> None:
     _, stock = tiny_models(window)
     embeds = torch.randn(15, 64, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(15).expand(3, -1)
-    own = stock.model.language_model(
-        inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False
-    )
+    own = stock.model.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False)
     torch.testing.assert_close(full_pass(stock, embeds, positions)[0], own.last_hidden_state[0])
 
 
@@ -235,9 +233,7 @@ def test_passes_that_no_row_takes_change_nothing(models: tuple[Qwen2VL, nn.Modul
     rows, config = rows_of(stock, "text-mixed-in", "n1"), LatentConfig(num_patches=4)
     trace, nll = ours(backbone, rows, config, passes=3)
     _, expected = ours(backbone, rows, config, passes=1)
-    assert len(trace.steps) == 3 and not any(
-        step.filled.any() or step.active.any() for step in trace.steps[1:]
-    )
+    assert len(trace.steps) == 3 and not any(step.filled.any() or step.active.any() for step in trace.steps[1:])
     torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
     assert_same_gradients(gradients(backbone.core, nll.mean()), gradients(backbone.core, expected.mean()))
 
@@ -275,9 +271,7 @@ def test_text_only_batch_runs_the_vision_tower(models: tuple[Qwen2VL, nn.Module]
 def test_every_column_goes_through_the_decoder_once(models: tuple[Qwen2VL, nn.Module]) -> None:
     backbone, stock = models
     columns = []
-    handle = backbone.decoder.layers[0].register_forward_pre_hook(
-        lambda _, args: columns.append(args[0].shape[1])
-    )
+    handle = backbone.decoder.layers[0].register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1]))
     rows, latents, patches = rows_of(stock, "one-size", "n3"), 3, 4
     trace, _ = ours(backbone, rows, LatentConfig(num_patches=patches))
     handle.remove()
@@ -328,9 +322,7 @@ def test_without_a_pass_the_attention_is_the_stock_one(models: tuple[Qwen2VL, nn
     mask[0, :3] = 0
     assert backbone.decoder.config._attn_implementation == ATTENTION_NAME
     with torch.no_grad():
-        ours_logits, expected = (
-            vlm(input_ids=ids, attention_mask=mask).logits for vlm in (backbone.core, stock)
-        )
+        ours_logits, expected = (vlm(input_ids=ids, attention_mask=mask).logits for vlm in (backbone.core, stock))
     torch.testing.assert_close(ours_logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.index import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, steps_from, training_row
+from pipeline.loader import Share, StageSteps, matching, steps_from, training_row
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
 
@@ -89,12 +90,7 @@ def assert_same(actual: list[list[Batch]], expected: list[list[Batch]]) -> None:
 
 def rows(step: list[Batch]) -> list[int]:
     """Samples with labels in a step of a rank."""
-    return [
-        int(i)
-        for batch in step
-        for i, mask in zip(batch.row_ids, batch.target_mask, strict=True)
-        if mask.any()
-    ]
+    return [int(i) for batch in step for i, mask in zip(batch.row_ids, batch.target_mask, strict=True) if mask.any()]
 
 
 # ---- workers and resume -----------------------------------------------------------------------
@@ -138,9 +134,7 @@ def test_a_steps_samples_do_not_depend_on_the_world(
 def test_accumulation(index: ShardIndex, builder: RowBuilder, micro_batch: int) -> None:
     dataset = steps(index, builder, micro_batch=micro_batch)
     sizes = [len(batch.keys) for batch in dataset[0]]
-    assert sum(sizes) == GLOBAL_BATCH and len(sizes) == dataset.share.accumulation == -(
-        -GLOBAL_BATCH // micro_batch
-    )
+    assert sum(sizes) == GLOBAL_BATCH and len(sizes) == dataset.share.accumulation == -(-GLOBAL_BATCH // micro_batch)
 
 
 def test_rows_are_those_of_the_order(index: ShardIndex, builder: RowBuilder) -> None:
@@ -195,6 +189,41 @@ def test_lengths(index: ShardIndex, builder: RowBuilder, length: dict, expected:
     assert len(steps(index, builder, stage=0, stages=stages)) == expected
 
 
+# ---- where -------------------------------------------------------------------------------------
+def test_where_keeps_the_rows_that_match(index: ShardIndex, builder: RowBuilder) -> None:
+    """An epoch is all of them once, and nothing else, for any world."""
+    kinds = [index.read(i).fields["kind"] for i in range(SAMPLES)]
+    wanted = [i for i, kind in enumerate(kinds) if kind in ("look", "follow")]
+    assert 0 < len(wanted) < SAMPLES and len(set(kinds)) > 2
+    stages = [StageConfig(latents=1, skip=1, epochs=2, where={"kind": ["look", "follow"]})]
+    for world in (1, 3):
+        ranks = [steps(index, builder, stage=0, stages=stages, rank=r, world=world) for r in range(world)]
+        epoch = range(ranks[0].steps_per_epoch)
+        assert len(epoch) == -(-len(wanted) // GLOBAL_BATCH) and len(ranks[0]) == 2 * len(epoch)
+        assert sorted(chain(*(rows(rank[step]) for rank in ranks for step in epoch))) == wanted
+
+
+def test_where_asks_for_every_field(index: ShardIndex, builder: RowBuilder) -> None:
+    where = {"kind": ["look"], "absent": ["x"]}
+    assert len(matching(index, where)) == 0
+    assert matching(index, {}).tolist() == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize("last_batch", ["pad", "drop"])
+def test_too_few_rows_for_a_step_are_refused(index: ShardIndex, builder: RowBuilder, last_batch: str) -> None:
+    """None at all, or with `drop` less than a global batch."""
+    kinds = Counter(index.read(i).fields["kind"] for i in range(SAMPLES))
+    kind, found = min(kinds.items(), key=lambda item: item[1]) if last_batch == "drop" else ("nope", 0)
+    assert found < GLOBAL_BATCH
+    stages = [StageConfig(latents=1, skip=1, epochs=1, where={"kind": [kind]})]
+    with pytest.raises(UserError, match=f"stage 0: {found} training samples fit it"):
+        steps(index, builder, stage=0, stages=stages, last_batch=last_batch)
+
+
+def test_where_lets_bad_samples_through_to_be_counted(broken: ShardIndex) -> None:
+    assert matching(broken, {"kind": ["no such kind"]}).tolist() == [9]
+
+
 # ---- curriculum -------------------------------------------------------------------------------
 def test_rows_are_as_the_stage_shows_them(index: ShardIndex, builder: RowBuilder) -> None:
     for stage, config in enumerate(STAGES):
@@ -222,10 +251,7 @@ def test_mix(index: ShardIndex, builder: RowBuilder) -> None:
 def test_mix_does_not_depend_on_the_world(index: ShardIndex, builder: RowBuilder) -> None:
     def latents(batches: Iterator[Batch]) -> list[tuple[str, int]]:
         return sorted(
-            (key, int(n))
-            for batch in batches
-            for key, n in zip(batch.keys, batch.latents, strict=True)
-            if key
+            (key, int(n)) for batch in batches for key, n in zip(batch.keys, batch.latents, strict=True) if key
         )
 
     shares = (mixed(index, builder, rank=rank, world=3, micro_batch=2) for rank in range(3))
@@ -239,15 +265,11 @@ def test_passes_with_mix_are_the_most_of_any_stage_so_far(index: ShardIndex, bui
 
 
 # ---- bad samples ------------------------------------------------------------------------------
-def test_a_corrupted_sample_is_a_masked_row(
-    index: ShardIndex, broken: ShardIndex, builder: RowBuilder
-) -> None:
+def test_a_corrupted_sample_is_a_masked_row(index: ShardIndex, broken: ShardIndex, builder: RowBuilder) -> None:
     """It keeps its slot, says its key and reason, and changes no other row."""
     sound, damaged = all_steps(steps(index, builder)), all_steps(steps(broken, builder))
     reasons = [line for step in damaged for batch in step for line in batch.bad]
-    assert (
-        reasons == ["000000009: its bytes in train-000002.tar are not those that were written"] * 2
-    )  # two epochs
+    assert reasons == ["000000009: its bytes in train-000002.tar are not those that were written"] * 2  # two epochs
     for before, after in zip(sound, damaged, strict=True):
         assert [b.keys for b in after] == [b.keys for b in before]
         assert rows(after) == [row for row in rows(before) if row != 9]

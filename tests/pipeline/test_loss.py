@@ -66,9 +66,7 @@ def test_logits_exist_for_one_chunk_at_a_time(head: LabelHead, monkeypatch: pyte
     monkeypatch.setattr(loss, "CHUNK", 6)
     made = []
     linear = F.linear
-    monkeypatch.setattr(
-        loss.F, "linear", lambda hidden, *rest: made.append(len(hidden)) or linear(hidden, *rest)
-    )
+    monkeypatch.setattr(loss.F, "linear", lambda hidden, *rest: made.append(len(hidden)) or linear(hidden, *rest))
     predictors, labels = tensors(20)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -121,6 +119,4 @@ def test_half_precision_is_summed_in_full() -> None:
     nll = token_nll(predictors.bfloat16(), labels, head)
     assert nll.dtype == torch.float32
     logits = F.linear(predictors.bfloat16()[labels != IGNORE], head.weight)
-    torch.testing.assert_close(
-        nll, F.cross_entropy(logits.float(), labels[labels != IGNORE], reduction="none")
-    )
+    torch.testing.assert_close(nll, F.cross_entropy(logits.float(), labels[labels != IGNORE], reduction="none"))

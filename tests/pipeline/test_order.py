@@ -17,9 +17,7 @@ SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=40)
 SIZES = [7, 3, 0, 12, 5] * 8
 
 
-def order(
-    sizes: list[int] = SIZES, seed: int = 0, stage: int = 0, epoch: int = 0, **options: int
-) -> list[int]:
+def order(sizes: list[int] = SIZES, seed: int = 0, stage: int = 0, epoch: int = 0, **options: int) -> list[int]:
     """A whole epoch."""
     return EpochOrder(sizes, seed, stage, epoch, **options).take(0, sum(sizes)).tolist()
 
@@ -38,8 +36,7 @@ def test_pieces_equal_the_whole(sizes: list[int], pieces: list[int], block: int)
     whole = EpochOrder(sizes, 1, 2, 3, block).take(0, sum(pieces)).tolist()
     starts = np.cumsum([0, *pieces[:-1]]).tolist()
     resumed = [
-        EpochOrder(sizes, 1, 2, 3, block).take(start, count)
-        for start, count in zip(starts, pieces, strict=True)
+        EpochOrder(sizes, 1, 2, 3, block).take(start, count) for start, count in zip(starts, pieces, strict=True)
     ]
     assert list(chain(*resumed)) == whole
     assert whole[sum(sizes) :] == [EMPTY] * max(0, sum(pieces) - sum(sizes))
@@ -56,11 +53,7 @@ def test_past_the_end_and_nothing() -> None:
     assert one.take(3, 2).tolist() == one.take(50, 2).tolist() == [EMPTY, EMPTY]
     assert one.take(1, 0).tolist() == []
     assert len(EpochOrder([], 0, 0, 0)) == len(EpochOrder([0, 0], 0, 0, 0)) == 0
-    assert (
-        EpochOrder([], 0, 0, 0).take(0, 2).tolist()
-        == EpochOrder([0], 0, 0, 0).take(0, 2).tolist()
-        == [EMPTY, EMPTY]
-    )
+    assert EpochOrder([], 0, 0, 0).take(0, 2).tolist() == EpochOrder([0], 0, 0, 0).take(0, 2).tolist() == [EMPTY, EMPTY]
 
 
 def test_seeds_stages_and_epochs_differ() -> None:
@@ -142,6 +135,4 @@ def test_a_steps_samples_do_not_depend_on_the_world(world: int) -> None:
     whole = EpochOrder(SIZES, 0, 0, 0)
     for step in range(3):
         batch = whole.take(step * 16, 16)
-        assert sorted(chain(*(real(rank_share(batch, rank, world, 2)) for rank in range(world)))) == sorted(
-            batch
-        )
+        assert sorted(chain(*(real(rank_share(batch, rank, world, 2)) for rank in range(world)))) == sorted(batch)

@@ -121,9 +121,7 @@ def test_max_pixels_only_lowers_the_limit_above(model_folder: Path) -> None:
 def test_saved_processor_gives_the_same_rows(processor: Qwen2VLProcessor, tmp_path: Path) -> None:
     processor.save(tmp_path)
     again, example = Qwen2VLProcessor(tmp_path), make_example()
-    rows = [
-        RowBuilder(p, PromptConfig(), 2).row(example, "k", 0, 1, ["It is green"]) for p in (processor, again)
-    ]
+    rows = [RowBuilder(p, PromptConfig(), 2).row(example, "k", 0, 1, ["It is green"]) for p in (processor, again)]
     assert rows[0].prompt_ids == rows[1].prompt_ids and rows[0].target_ids == rows[1].target_ids
     assert np.array_equal(rows[0].pixel_values, rows[1].pixel_values)
     assert again.row_format == processor.row_format and again.eos_id == processor.eos_id
@@ -139,9 +137,7 @@ def test_saved_processor_is_one_of_transformers(processor: Qwen2VLProcessor, tmp
     image = Image.new("RGB", (70, 90), "red")
     loaded = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image], return_tensors="np")
     assert np.array_equal(loaded["pixel_values"], processor.image(image)[0])
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which fruit is it?"}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which fruit is it?"}]}]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert processor.prompt_ids("Which fruit is it?", [(1, 2, 2)]) == expected

@@ -105,9 +105,7 @@ def test_uniform_gaps_differ_by_at_most_one(left: int, num_patches: int) -> None
 
 
 # ---- random -----------------------------------------------------------------------------------
-def draw(
-    row_id: int, step: int = 0, columns: int = 100, left: int = 0, count: int = 8, right: int = 0
-) -> list[int]:
+def draw(row_id: int, step: int = 0, columns: int = 100, left: int = 0, count: int = 8, right: int = 0) -> list[int]:
     """A draw among `columns` columns with padding around them, in the row's own numbers."""
     saliency, candidates = row([0.0] * (left + columns + right), list(range(left, left + columns)))
     options = {"selection": "random", "row_ids": torch.tensor([row_id]), "step": step}
@@ -191,9 +189,7 @@ def test_slots(rows: tuple[Tensor, Tensor], num_patches: int, selection: str, or
 @given(scored_rows(), st.integers(1, 24), st.sampled_from(["attention", "least"]))
 def test_best_scores_and_their_order(rows: tuple[Tensor, Tensor], num_patches: int, selection: str) -> None:
     saliency, candidates = rows
-    columns, filled = select_patches(
-        saliency, candidates, num_patches, selection=selection, patch_order="score"
-    )
+    columns, filled = select_patches(saliency, candidates, num_patches, selection=selection, patch_order="score")
     sign = 1 if selection == "least" else -1
     for i, scores in enumerate(saliency.tolist()):
         free = candidates[i].nonzero()[:, 0].tolist()

@@ -103,9 +103,7 @@ def make_row(shape: Shape, number: int, stock: nn.Module) -> Row:
         prompt_positions=rope_index(stock, torch.tensor(ids) == IMAGE, grid).numpy(),
         target_ids=[*words(random, shape.targets - 1), EOS] if shape.targets else [],
         latents=shape.latents,
-        pixel_values=random.standard_normal((patches, FORMAT.patch_dim), dtype=np.float32)
-        if patches
-        else None,
+        pixel_values=random.standard_normal((patches, FORMAT.patch_dim), dtype=np.float32) if patches else None,
         image_grid=grid,
     )
 
