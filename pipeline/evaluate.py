@@ -111,9 +111,9 @@ def exports_of(run: Path) -> list[tuple[str, Path]]:
 
 def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
     """The split to answer.  Raises UserError."""
-    folder = data or (Path(loaded.info.data) if loaded.info.data else None)
-    if folder is None:
-        raise UserError("give --data DIR: the export does not say which shards it was trained on")
+    folder = data or Path(loaded.info.data)
+    if not folder.exists():
+        raise UserError(f"the shards {folder} are not here; give --data DIR")
     return open_split(folder, split)
 
 

@@ -22,6 +22,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.config import LoraConfig, RunConfig, load_json
 from pipeline.latent.forward import LatentConfig
 from pipeline.model import LatentModel
+from pipeline.prepare import data_folder
 from pipeline.prompt import PromptConfig, RowBuilder
 
 FORMAT = 1
@@ -41,7 +42,7 @@ class ExportInfo:
     groups: int
     adapter_of: str | None
     """Base model's folder or hub id, where the weights are an adapter"""
-    data: str | None
+    data: str
     """Shard folder it was trained on"""
 
     @classmethod
@@ -103,7 +104,7 @@ def write_export(
         stage=stage,
         groups=config.curriculum.groups,
         adapter_of=str(base) if as_adapter else None,
-        data=config.data.path,
+        data=str(data_folder(config).resolve()),
     ).write(writing)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(writing, folder)

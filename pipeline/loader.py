@@ -21,7 +21,6 @@ from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, vie
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder, UnusableSample
 
-
 LAST_SECONDS = 30
 """How long a worker outlives SIGTERM."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -100,16 +101,13 @@ def rank_processes(out: Path) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"pipeline/train.py" in words and str(out).encode() in words and b"--num_accelerators" not in words:
-                if not any(w.endswith(b"launcher.launch") or w == b"deepspeed.launcher.launch" for w in words):
-                    found.append(int(entry.name))
+            if b"pipeline/train.py" in words[:3] and str(out).encode() in words:  # not their launchers
+                found.append(int(entry.name))
     return found
 
 
 def kill_tree(process: subprocess.Popen) -> None:
     """SIGKILL to the whole process group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(timeout=30)

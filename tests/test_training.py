@@ -352,9 +352,24 @@ def test_tensorboard(whole_run):
     events = EventAccumulator(str(whole_run / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    for name in ("train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s", "speed/samples_per_s",
-                 "time/data_wait", "time/forward", "time/backward", "time/step", "memory/allocated_gb",
-                 "curriculum/stage", "latent/norm", "latent/selection_entropy", "latent/coverage", "val/accuracy"):  # fmt: skip
+    for name in [
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "speed/tokens_per_s",
+        "speed/samples_per_s",
+        "time/data_wait",
+        "time/forward",
+        "time/backward",
+        "time/step",
+        "memory/allocated_gb",
+        "curriculum/stage",
+        "latent/norm",
+        "latent/selection_entropy",
+        "latent/coverage",
+        "val/loss",
+        "val/accuracy",
+    ]:
         assert name in tags, name
     assert [e.value for e in events.Scalars("curriculum/stage")] == [0] * 4 + [1] * 4 + [2] * 4
     last = events.Scalars("latent/coverage")[-1].value
