@@ -75,7 +75,7 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, run: Path) -> None:
-        self.folder = run / "checkpoints"
+        self.run, self.folder = run, run / "checkpoints"
 
     def all(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""
@@ -142,8 +142,9 @@ class Checkpoints:
         )
         assert loaded is not None, f"DeepSpeed found nothing in {checkpoint.path}"
 
-    def prune(self, keep: int, protected: set[str]) -> None:
-        """Remove all but the newest `keep`, stage ends and `protected` names."""
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`, stage ends and those that validation found best."""
+        protected = {json.loads(best.read_text())["checkpoint"] for best in self.run.glob("best-stage*.json")}
         inside = [c for c in self.all() if not c.state.stage_done and c.path.name not in protected]
         for checkpoint in inside[:-keep]:
             # without its manifest it is no checkpoint any more, should the removal be cut short

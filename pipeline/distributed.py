@@ -71,6 +71,11 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def stop() -> None:
+    """End the process group, after all ranks have finished."""
+    dist.destroy_process_group()
+
+
 def barrier() -> None:
     dist.barrier()
 

@@ -98,10 +98,9 @@ def where_to_start(
 ) -> tuple[list[int], Checkpoint | None]:
     """Stages that are left, and the checkpoint to begin with.  Raises UserError where an earlier stage is missing."""
     if resume == "never" and checkpoints.all():
-        raise UserError(
-            f"{checkpoints.folder.parent} holds a run; --resume auto goes on with it, or choose another --out"
-        )
-    left = [stage for stage in stages if checkpoints.stage_end(stage) is None]
+        raise UserError(f"{checkpoints.run} holds a run; --resume auto goes on with it, or choose another --out")
+    # a stage is done when its marker says so: its last checkpoint alone may lack the export
+    left = [stage for stage in stages if not done_marker(checkpoints.run, stage).exists()]
     if not left:
         return [], None
     first = left[0]
@@ -110,7 +109,7 @@ def where_to_start(
         start = checkpoints.stage_end(first - 1)
         if start is None:
             raise UserError(
-                f"stage {first} starts from the end of stage {first - 1}, which {checkpoints.folder.parent} does not"
+                f"stage {first} starts from the end of stage {first - 1}, which {checkpoints.run} does not"
                 f" have; train it first: --stages {first - 1}"
             )
     if start is not None:
@@ -121,6 +120,11 @@ def where_to_start(
                 f" it cannot be resumed by {world} ranks under ZeRO-{zero}"
             )
     return left, start
+
+
+def done_marker(run: Path, stage: int) -> Path:
+    """The file that says that a stage is complete, checkpoint and export; written last."""
+    return run / f"stage{stage}.done"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,7 +35,7 @@ from pipeline.export import write_export
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import Monitor, Progress, Stopwatch, configure_logging, memory_gb
-from pipeline.plan import Plan, config_hash, make_plan
+from pipeline.plan import Plan, config_hash, done_marker, make_plan
 from pipeline.validate import ValidationSet, validate
 from pipeline.watch import STOPPED, StopRequest, exit_with_launcher
 
@@ -69,6 +69,7 @@ def main(
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
         Run(plan, world, lease).train()
+        distributed.stop()
     finally:
         if world.main:
             lease.release()
@@ -289,6 +290,8 @@ class Run:
             return newest.path.name
         began = time.monotonic()
         checkpoint = self.checkpoints.save(self.engine, state, self.world, without_frozen(self.config))
+        if self.world.main:
+            self.checkpoints.prune(self.config.train.keep_checkpoints)
         self.log.info("checkpoint %s (%.1f s)", checkpoint.path, time.monotonic() - began)
         return checkpoint.path.name
 
@@ -306,7 +309,7 @@ class Run:
             if export:
                 write_export(model, weights, self.parts.processor, config, stage, folder, self.parts.base)
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
-            write_atomic(self.out / f"stage{stage}.done", json.dumps(done) + "\n")
+            write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
         distributed.barrier()
         self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
 

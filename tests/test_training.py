@@ -263,6 +263,29 @@ def start(out, data, *options):
     return done.returncode, done.stderr
 
 
+def test_stage_without_its_marker_is_ended_again(data, tmp_path):
+    """Killed between the last checkpoint and the export: the next start makes export and marker, and trains nothing."""
+    out = tmp_path / "run"
+    train(out, data, "--stages", "0")
+    before = losses(out)
+    (out / "stage0.done").unlink()
+    shutil.rmtree(out / "export")
+    train(out, data, "--stages", "0")
+    assert (out / "stage0.done").exists() and load_export(out / "export" / "stage0").info.stage == 0
+    assert losses(out) == before
+
+
+def test_old_checkpoints_go(data, tmp_path):
+    """Of those inside a stage only the newest are kept, besides the stage's end and the best."""
+    out = tmp_path / "run"
+    options = ["--stages", "0", "--train.checkpoint_every", "1", "--train.keep_checkpoints", "2"]
+    train(out, data, *options, "--train.validate_every", "3")
+    kept = {c.state.step for c in Checkpoints(out).all()}
+    best = json.loads((out / "best-stage0.json").read_text())["step"]
+    newest = sorted(set(range(1, 8)) - {best})[-2:]
+    assert kept == {*newest, 8, best}
+
+
 def test_finished_run_does_nothing(whole_run, data):
     before = (whole_run / "metrics.jsonl").read_text()
     code, log = start(whole_run, data)
