@@ -56,7 +56,7 @@ def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Log
     builder = RowBuilder(processor, config.prompt, taken)
     base_hash = ""
     if without_frozen(config):
-        base_hash = distributed.from_main(prepare.base_hash(base) if world.main else "")
+        base_hash = distributed.from_main(prepare.base_hash(base, config.model.revision) if world.main else "")
     engine = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
     parts = Parts(engine, processor, builder, indexes, base, base_hash)
     if plan.start is not None:

@@ -17,7 +17,7 @@ from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.engine import Triangle, batch_triangle, load_ds_config
-from pipeline.prepare import check_data, data_folder
+from pipeline.prepare import check_base, check_data, data_folder
 
 FREE = {
     "name", "model.checkpointing", "data.path", "data.source", "data.options", "data.workers", "data.max_bad",
@@ -64,6 +64,7 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
     ds = attempt(load_ds_config, ds_path)
     triangle = attempt(batch_triangle, config.train, world, ds or {})
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
+    attempt(check_base, config.model, config.prompt)
     folder = data_folder(config)
     if folder.exists() or config.data.source is None:
         splits = ["train"] + (["val"] if config.train.val_samples else [])

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import ShardIndex, open_split
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, RunConfig
-from pipeline.prompt import Processor
+from pipeline.config import ROOT, ModelConfig, RunConfig
+from pipeline.prompt import Processor, PromptConfig
 
 
 def data_folder(config: RunConfig) -> Path:
@@ -64,12 +65,26 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     return base
 
 
-def base_hash(base: Path | str) -> str:
+def check_base(model: ModelConfig, prompt: PromptConfig) -> None:
+    """Raise UserError where the pretrained model's config, tokenizer or image processor cannot be had."""
+    if model.path is None:
+        return
+    if model.path.startswith(("/", ".", "~")) and not Path(model.path).is_dir():
+        raise UserError(f"model.path {model.path}: no such folder")
+    family = BACKBONES[model.backbone]
+    try:
+        found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False).model_type
+        if found != family.MODEL_TYPE:
+            raise UserError(f"model.path {model.path} is a {found} model, not {family.MODEL_TYPE}")
+        family.processor(model.path, prompt, model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {model.path} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def base_hash(base: Path | str, revision: str | None = None) -> str:
     """What identifies the base's weights: a hash of a local folder's, or a hub id with its commit."""
     if not Path(base).is_dir():
-        from transformers import AutoConfig
-
-        return f"{base}@{AutoConfig.from_pretrained(base)._commit_hash}"
+        return f"{base}@{AutoConfig.from_pretrained(base, revision=revision)._commit_hash}"
     files = sorted(p for p in Path(base).iterdir() if p.suffix in (".safetensors", ".bin"))
     return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
 

@@ -303,6 +303,10 @@ BAD = {
     "stages": (["--stages", "0-9"], "--stages 0-9: expected one of 0 to 2"),
     "recipe": (["--model.scratch", "none"], "give either model.path or model.scratch"),
     "patches": (["--latent.num_patches", "10"], "latent.num_patches 10 is more than the 9 patches of a 84x84 image"),
+    "no model": (
+        ["--model.scratch", "none", "--model.path", "/nowhere/model"],
+        "model.path /nowhere/model: no such folder",
+    ),
     "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all has no manifest.json"),
 }
 

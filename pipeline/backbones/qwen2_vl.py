@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class Qwen2VL(nn.Module):
     """The model as the latent forward sees it: embed, decode a pass, project."""
 
+    MODEL_TYPE = "qwen2_vl"
+    """What transformers' configs of this family say."""
     LORA_SCOPE = r".*language_model\..*\.({names})"
     """Regular expression of modules that LoRA may adapt: the language model's, never the vision tower's."""
 
