@@ -82,6 +82,8 @@ def main(
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise UserError(f"--{name} {value}: expected 1 or more")
+    if latents is not None and latents < 0:
+        raise UserError(f"--latents {latents}: expected 0 or more")
     folder = run or model
     assert folder is not None
     models = exports_of(run) if run else [("latent", folder)]
@@ -89,11 +91,13 @@ def main(
     reports = []
     for name, export in models:
         loaded = load_export(export)
+        n = loaded.info.latents
         if latents is not None and name == "latent":
-            name = f"latent n={latents}"
+            name, n = f"latent n={latents}", latents
         index = open_data(loaded, data, split)
-        answers = answer_all(loaded, index, limit, batch, max_new_tokens, latents if "latent" in name else None)
-        reports.append(write_answers(name, answers, loaded, index, out, timed, max_new_tokens))
+        answers = answer_all(loaded, index, limit, batch, n, max_new_tokens)
+        seconds = seconds_alone(loaded, index, timed, n, max_new_tokens)
+        reports.append(write_answers(name, answers, loaded, out, seconds))
     write_atomic(out / "report.json", json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     print(table(reports))
     print(f"predictions: {out}")
@@ -130,24 +134,23 @@ class Answered:
 
 
 def answer_all(
-    loaded: LoadedModel, index: ShardIndex, limit: int | None, batch: int, max_new_tokens: int, latents: int | None
+    loaded: LoadedModel, index: ShardIndex, limit: int | None, batch: int, latents: int, max_new_tokens: int
 ) -> Iterator[Answered]:
-    """Answers in the split's order; a bad sample is yielded with its reason."""
+    """Answers in the split's order after `latents` latent steps; a bad sample is yielded with its reason."""
     count = min(limit or len(index), len(index))
     chosen = [i * len(index) // count for i in range(count)]
-    n = loaded.info.latents if latents is None else latents
     for start in tqdm(range(0, count, batch), desc=f"stage {loaded.info.stage}", unit="batch", mininterval=2):
         rows, examples = [], []
         for i in chosen[start : start + batch]:
             try:
                 example = index.read(i)
-                rows.append(loaded.builder.prompt_row(example, index.key(i), i, n))
+                rows.append(loaded.builder.prompt_row(example, index.key(i), i, latents))
                 examples.append(example)
             except (BadSample, UnusableSample) as error:
                 yield Answered(index.key(i), None, reason=str(error))
         if not rows:
             continue
-        out = generate_rows(loaded, rows, n, max_new_tokens)
+        out = generate_rows(loaded, rows, latents, max_new_tokens)
         for row, example in enumerate(examples):
             text = loaded.processor.decode(out.tokens[row])
             yield Answered(rows[row].key, example, text, out.autoregressive_steps(row))
@@ -174,15 +177,7 @@ def seconds_alone(loaded: LoadedModel, index: ShardIndex, timed: int, latents: i
     return float(torch.tensor(seconds).median()) if seconds else float("nan")
 
 
-def write_answers(
-    name: str,
-    answers: Iterator[Answered],
-    loaded: LoadedModel,
-    index: ShardIndex,
-    out: Path,
-    timed: int,
-    max_new_tokens: int,
-) -> Report:
+def write_answers(name: str, answers: Iterator[Answered], loaded: LoadedModel, out: Path, seconds: float) -> Report:
     """Predictions in M3CoT's result format, one line a question, and the report over them."""
     style, lines, results, steps, skipped = loaded.info.prompt.answer, [], [], [], 0
     for answer in answers:
@@ -205,7 +200,7 @@ def write_answers(
         right=sum(right for _, right in results),
         skipped=skipped,
         autoregressive_steps=sum(steps) / max(1, len(steps)),
-        seconds=seconds_alone(loaded, index, timed, loaded.info.latents, max_new_tokens),
+        seconds=seconds,
         groups={f: breakdown((e.fields.get(f, ""), right) for e, right in results) for f in present},
     )
 
