@@ -89,12 +89,14 @@ def build(
         text_only: whether questions without a picture are kept or skipped.
 
     Raises:
-        UserError: bad options or input, an `out` of other settings, or a split of which nothing could be
+        UserError: bad options or input, a source without rows, an `out` of other settings, or a split of which nothing could be
         used.
     """
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
     table = open_source(source, input, options)
+    if not table.splits():
+        raise UserError(f"--source {source}: {input or 'it'} has no rows")
     settings = {
         "source": {
             "name": source,

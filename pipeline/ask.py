@@ -38,6 +38,8 @@ def main(
         raise UserError("give either --run DIR or --model EXPORT")
     if latents is not None and latents < 0:
         raise UserError(f"--latents {latents}: expected 0 or more")
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: expected 1 or more")
     folder = exports_of(run)[-1][1] if run else model
     assert folder is not None
     try:
@@ -49,10 +51,13 @@ def main(
     except InvalidExample as error:
         raise UserError(str(error)) from None
     loaded = load_export(folder)
+    builder = loaded.builder
+    if context:  # whether or not the model was trained with one
+        builder.config = builder.config.model_copy(update={"context": True})
     n = loaded.info.latents if latents is None else latents
     start = time.perf_counter()
     try:
-        row = loaded.builder.prompt_row(example, "question", 0, n)
+        row = builder.prompt_row(example, "question", 0, n)
     except UnusableSample as error:
         raise UserError(str(error)) from None
     out = generate_rows(loaded, [row], n, max_new_tokens)

@@ -50,11 +50,13 @@ class Row:
     """Trailing steps left out because the row was overlong."""
     bad: str = ""
     """Why the row is masked: reason for the log."""
+    overlong: bool = False
+    """Masked because it is too long, which is no fault of the sample."""
 
 
-def masked_row(fmt: RowFormat, key: str = "", bad: str = "") -> Row:
+def masked_row(fmt: RowFormat, key: str = "", bad: str = "", overlong: bool = False) -> Row:
     """A row of one pad token and no label: it counts for nothing."""
-    return Row(key, 0, [fmt.pad_id], np.zeros((3, 1), dtype=np.int64), bad=bad)
+    return Row(key, 0, [fmt.pad_id], np.zeros((3, 1), dtype=np.int64), bad=bad, overlong=overlong)
 
 
 @dataclass
@@ -89,6 +91,8 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """`key: reason` of rows masked because their sample could not be used"""
     dropped_steps: int = 0
+    overlong: int = 0
+    """Rows masked because they are too long"""
 
     @property
     def labels(self) -> Tensor:
@@ -153,4 +157,5 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
         keys=[row.key for row in rows],
         bad=[f"{row.key}: {row.bad}" for row in rows if row.bad],
         dropped_steps=sum(row.dropped_steps for row in rows),
+        overlong=sum(row.overlong for row in rows),
     )

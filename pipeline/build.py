@@ -49,7 +49,7 @@ def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Log
     splits = ["train"] + (["val"] if config.train.val_samples else [])
     indexes = prepare.check_data(prepare.data_folder(config), splits)
     processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
-    taken = config.latent.num_patches if config.latent.selection != "none" else 0
+    taken = config.latent.patches_taken
     if any(stage.latents for stage in config.curriculum.stages):
         for index in indexes.values():
             prepare.check_patches(index, processor, taken)

@@ -81,9 +81,16 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         found = []
         for path in self.folder.glob("stage*-step*"):
-            if (path / "manifest.json").is_file():
+            if not (path / "manifest.json").is_file():
+                continue
+            try:
                 found.append(Checkpoint(path, RunState(**json.loads((path / "state.json").read_text()))))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"checkpoint {path}: state.json cannot be read ({error}); remove the folder") from None
         return sorted(found, key=lambda c: (c.state.stage, c.state.step))
+
+    def path_of(self, state: RunState) -> Path:
+        return self.folder / f"stage{state.stage}-step{state.step:06d}"
 
     def stage_end(self, stage: int) -> Checkpoint | None:
         """The checkpoint that ends `stage`."""
@@ -113,7 +120,7 @@ class Checkpoints:
         distributed.barrier()
         files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
         mine = {str(p.relative_to(writing)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        path = self.folder / f"stage{state.stage}-step{state.step:06d}"
+        path = self.path_of(state)
         manifests = distributed.gather(mine)
         if world.main:
             manifest = {name: entry for part in manifests for name, entry in part.items()}  # type: ignore[attr-defined]

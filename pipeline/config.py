@@ -141,14 +141,10 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Decoding of validation and evaluation."""
+    """Decoding at validation; pipeline.evaluate has options of its own."""
 
     max_new_tokens: int = Field(512, ge=1)
     """Generated tokens of one answer (published: 512)."""
-    batch: int = Field(16, ge=1)
-    """Questions decoded at once by pipeline.evaluate."""
-    timed: int = Field(16, ge=0)
-    """Questions answered one by one for seconds a question."""
 
 
 class RunConfig(Section):
@@ -255,7 +251,7 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
     if config.data.path is None and config.data.source is None:
         yield "no data: give --data DIR, or data.source to make one"
     stages = config.curriculum.stages
-    if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.num_patches + 1):
+    if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.patches_taken + 1):
         yield "prompt.max_tokens leaves no room besides the latent columns"
 
 
@@ -282,6 +278,8 @@ def _value(text: str, annotation: Any) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, bool) and bool not in kinds:
+        return text  # an option without a value, where a number was meant: validation refuses it
     return None if text.lower() == "none" else value
 
 

@@ -19,7 +19,7 @@ FRACTION = Annotated[float, Field(ge=0, le=1)]
 class StageConfig(BaseModel):
     """One stage of the curriculum (method: `schedule`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     latents: int = Field(ge=0)
     """n: latent steps of every row."""
@@ -46,7 +46,7 @@ def published_schedule() -> list[StageConfig]:
 class CurriculumConfig(BaseModel):
     """Stages, and how rationales become steps."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     stages: list[StageConfig] = Field(default_factory=published_schedule, min_length=1)
     """In order; each starts from the end of the one before it."""

@@ -76,8 +76,15 @@ def batch_triangle(train: TrainConfig, world: int, ds: dict[str, Any]) -> Triang
 def load_ds_config(path: Path) -> dict[str, Any]:
     """The DeepSpeed file.  Raises UserError where it is not one this pipeline can run."""
     ds = load_json(path, "DeepSpeed config")
-    stage = ds.get("zero_optimization", {}).get("stage")
+    zero = ds.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     problems = []
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = ds.get(key, "auto")
+        if value != "auto" and (type(value) is not int or value < 1):
+            problems.append(f"{path}: {key} is {value!r}, expected auto or a whole number from 1")
+    if ds.get("gradient_clipping", "auto") != "auto":
+        problems.append(f"{path}: gradient_clipping belongs to the recipe: optim.clip")
     if stage not in (1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage}, expected 1, 2 or 3")
     if "optimizer" in ds or "scheduler" in ds:

@@ -7,12 +7,12 @@ With --run, two models answer: the last stage's with its latent steps, and stage
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from data_prep import cli
@@ -43,8 +43,8 @@ class Report:
     """Samples that could not be used; not counted as questions"""
     autoregressive_steps: float
     """Latent steps + generated tokens with eos, mean"""
-    seconds: float
-    """A question alone, median; nan if none was timed"""
+    seconds: float | None
+    """A question alone, median; none if none was timed"""
     groups: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """field -> value -> (right, questions)"""
 
@@ -82,8 +82,9 @@ def main(
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise UserError(f"--{name} {value}: expected 1 or more")
-    if latents is not None and latents < 0:
-        raise UserError(f"--latents {latents}: expected 0 or more")
+    for name, number in (("latents", latents), ("timed", timed)):
+        if number is not None and number < 0:
+            raise UserError(f"--{name} {number}: expected 0 or more")
     folder = run or model
     assert folder is not None
     models = exports_of(run) if run else [("latent", folder)]
@@ -100,7 +101,7 @@ def main(
         reports.append(write_answers(name, answers, loaded, out, seconds))
     write_atomic(out / "report.json", json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     print(table(reports))
-    print(f"predictions: {out}")
+    print(f"predictions: {out}/*/predictions.jsonl")
 
 
 def exports_of(run: Path) -> list[tuple[str, Path]]:
@@ -162,8 +163,10 @@ def generate_rows(loaded: LoadedModel, rows: list, latents: int, max_new_tokens:
     return loaded.model.answer(batch, AnswerLimits(max_new_tokens, loaded.processor.eos_id))
 
 
-def seconds_alone(loaded: LoadedModel, index: ShardIndex, timed: int, latents: int, max_new_tokens: int) -> float:
-    """Median seconds of a question answered alone, image and text preparation included; nan for none."""
+def seconds_alone(
+    loaded: LoadedModel, index: ShardIndex, timed: int, latents: int, max_new_tokens: int
+) -> float | None:
+    """Median seconds of a question answered alone, image and text preparation included."""
     seconds = []
     for i in range(min(timed, len(index))):
         try:
@@ -174,10 +177,12 @@ def seconds_alone(loaded: LoadedModel, index: ShardIndex, timed: int, latents: i
             seconds.append(time.perf_counter() - start)
         except (BadSample, UnusableSample):
             continue
-    return float(torch.tensor(seconds).median()) if seconds else float("nan")
+    return statistics.median(seconds) if seconds else None
 
 
-def write_answers(name: str, answers: Iterator[Answered], loaded: LoadedModel, out: Path, seconds: float) -> Report:
+def write_answers(
+    name: str, answers: Iterator[Answered], loaded: LoadedModel, out: Path, seconds: float | None
+) -> Report:
     """Predictions in M3CoT's result format, one line a question, and the report over them."""
     style, lines, results, steps, skipped = loaded.info.prompt.answer, [], [], [], 0
     for answer in answers:
@@ -190,8 +195,11 @@ def write_answers(name: str, answers: Iterator[Answered], loaded: LoadedModel, o
         results.append((example, choice == example.answer))
         steps.append(answer.steps)
         lines.append(json.dumps(prediction(example, answer, choice, loaded), ensure_ascii=False) + "\n")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{name.replace(' ', '-')}.predictions.jsonl", "".join(lines))
+    if not results:
+        raise UserError(f"none of the {skipped} samples could be used")
+    folder = out / name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "predictions.jsonl", "".join(lines))
     present = [f for f in FIELDS if any(f in e.fields for e, _ in results)]
     return Report(
         name=name,
@@ -226,9 +234,10 @@ def table(reports: list[Report]) -> str:
     lines = [head]
     for r in reports:
         low, high = r.interval
+        seconds = "" if r.seconds is None else f"{r.seconds:.3f}"
         interval = f"{low:.1%}-{high:.1%}"
         lines.append(
-            f"{r.name:<14}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{r.seconds:>12.3f}"
+            f"{r.name:<14}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{seconds:>12}"
         )
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
     for r in reports:

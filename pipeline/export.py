@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +43,8 @@ class ExportInfo:
     groups: int
     adapter_of: str | None
     """Base model's folder or hub id, where the weights are an adapter"""
+    revision: str | None
+    """Commit or tag of the base on the hub"""
     data: str
     """Shard folder it was trained on"""
 
@@ -53,8 +56,13 @@ class ExportInfo:
         value = load_json(folder / FILE, "export")
         if value.pop("format", None) != FORMAT:
             raise UserError(f"{folder / FILE} is not of format {FORMAT}")
-        latent, prompt = LatentConfig(**value.pop("latent")), PromptConfig(**value.pop("prompt"))
-        return cls(latent=latent, prompt=prompt, **value)
+        try:
+            latent, prompt = LatentConfig(**value.pop("latent")), PromptConfig(**value.pop("prompt"))
+            info = cls(latent=latent, prompt=prompt, **value)
+            BACKBONES[info.backbone]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / FILE} is damaged: {' '.join(str(error).split())}") from None
+        return info
 
     def write(self, folder: Path) -> None:
         value = {**vars(self), "latent": self.latent.model_dump(), "prompt": self.prompt.model_dump()}
@@ -103,7 +111,8 @@ def write_export(
         latents=config.curriculum.stages[stage].latents,
         stage=stage,
         groups=config.curriculum.groups,
-        adapter_of=str(base) if as_adapter else None,
+        adapter_of=(str(Path(base).resolve()) if Path(base).is_dir() else str(base)) if as_adapter else None,
+        revision=config.model.revision if as_adapter else None,
         data=str(data_folder(config).resolve()),
     ).write(writing)
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +130,7 @@ class LoadedModel:
 
     @property
     def builder(self) -> RowBuilder:
-        return RowBuilder(self.processor, self.info.prompt, self.info.latent.num_patches)
+        return RowBuilder(self.processor, self.info.prompt, self.info.latent.patches_taken)
 
 
 def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
@@ -135,14 +144,15 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     transformers_logging.disable_progress_bar()
     try:
-        vlm = family.load(info.adapter_of or folder, dtype)
+        vlm = family.load(info.adapter_of or folder, dtype, info.revision)
         processor = family.processor(folder, info.prompt)
         if info.adapter_of:
             from peft import PeftModel
 
-            vlm.resize_token_embeddings(max(len(processor.tokenizer), vlm.get_input_embeddings().num_embeddings))
+            if len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
+                vlm.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
             vlm = PeftModel.from_pretrained(vlm, folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"export {folder} cannot be loaded: {' '.join(str(error).split())}") from None
     model = LatentModel(family(vlm), info.latent).eval().to(device)
     return LoadedModel(info, model, processor, device)

@@ -6,6 +6,7 @@ process of this machine that no longer exists, otherwise after `STALE` seconds w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -30,7 +31,8 @@ class Lease:
         self.path = folder / "lease.json"
         self._identity = {**_this_process(), "token": os.urandom(8).hex()}
         self._stop = threading.Event()
-        self._lost = ""
+        self.lost = ""
+        """Who has taken the folder over, if somebody has; to be looked at before writing to it."""
 
     def acquire(self, grace: float = GRACE) -> None:
         """Take the lease.  Raises UserError naming the holder where it is still there after `grace` seconds."""
@@ -45,11 +47,6 @@ class Lease:
             time.sleep(0.5)
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
-    def check(self) -> None:
-        """Raise UserError where another trainer has taken the folder over; call before writing to it."""
-        if self._lost:
-            raise UserError(self._lost)
-
     def release(self) -> None:
         self._stop.set()
         if self._is_ours():
@@ -59,7 +56,7 @@ class Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         holder = self._read()
         if holder is not None:
-            if not _is_gone(holder):
+            if not _is_gone(holder) and not self._left_empty(holder):
                 return False
             # exactly one of several takers succeeds in moving the dead lease away
             grave = self.path.with_name(f"lease.{self._identity['token']}")
@@ -67,9 +64,9 @@ class Lease:
                 os.rename(self.path, grave)
             except FileNotFoundError:
                 return False
-            moved = json.loads(grave.read_text())
+            moved = self._read(grave)
             grave.unlink()
-            if moved.get("token") != holder.get("token"):
+            if (moved or {}).get("token") != holder.get("token"):
                 return False
         try:
             with open(self.path, "x") as file:
@@ -78,11 +75,17 @@ class Lease:
             return False
         return True
 
+    def _left_empty(self, holder: dict[str, Any]) -> bool:
+        """Whether the lease is unreadable and has been for long: its writer was killed while writing."""
+        with contextlib.suppress(OSError):
+            return not holder and time.time() - self.path.stat().st_mtime > STALE
+        return False
+
     def _renew(self) -> None:
         while not self._stop.wait(RENEW):
             if not self._is_ours():
                 holder = self._read() or {}
-                self._lost = f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
+                self.lost = f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
                 return
             write_atomic(self.path, json.dumps(self._content()))
 
@@ -92,9 +95,9 @@ class Lease:
     def _is_ours(self) -> bool:
         return (self._read() or {}).get("token") == self._identity["token"]
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, path: Path | None = None) -> dict[str, Any] | None:
         try:
-            value = json.loads(self.path.read_text())
+            value = json.loads((path or self.path).read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -108,6 +111,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
+    if not holder:
+        return False  # being written this moment
     here = holder.get("host") == socket.gethostname() and holder.get("space") == _pid_space()
     if here and "pid" in holder:
         return _start_time(holder["pid"]) != holder.get("started")

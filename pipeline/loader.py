@@ -19,7 +19,7 @@ from data_prep.index import BadSample, ShardIndex
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
 from pipeline.order import EMPTY, EpochOrder, rank_share
-from pipeline.prompt import RowBuilder, UnusableSample
+from pipeline.prompt import OverlongSample, RowBuilder, UnusableSample
 
 LAST_SECONDS = 30
 """How long a worker outlives SIGTERM."""
@@ -130,6 +130,8 @@ def training_row(index: ShardIndex, builder: RowBuilder, sample: int, stage: Sta
         example = index.read(sample)
         shown = view(example.rationale, stage, groups)
         return builder.row(example, index.key(sample), sample, shown.latents, shown.steps)
+    except OverlongSample:
+        return masked_row(builder.processor.row_format, index.key(sample), overlong=True)
     except (BadSample, UnusableSample) as error:
         reason = error.reason if isinstance(error, BadSample) else str(error)
         return masked_row(builder.processor.row_format, index.key(sample), reason)

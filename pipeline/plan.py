@@ -17,13 +17,13 @@ from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.engine import Triangle, batch_triangle, load_ds_config
-from pipeline.prepare import check_base, check_data, data_folder
+from pipeline.prepare import check_base, check_data, check_made_from, data_folder
 
 FREE = {
     "name", "model.checkpointing", "data.path", "data.source", "data.options", "data.workers", "data.max_bad",
     "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
-    "eval.max_new_tokens", "eval.batch", "eval.timed",
+    "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
@@ -66,7 +66,7 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
     attempt(check_base, config.model, config.prompt)
     folder = data_folder(config)
-    if folder.exists() or config.data.source is None:
+    if (folder / "manifest.json").exists() or config.data.source is None:
         splits = ["train"] + (["val"] if config.train.val_samples else [])
         indexes = attempt(check_data, folder, splits)
         if indexes and config.data.last_batch == "drop" and triangle and len(indexes["train"]) < triangle.global_batch:
@@ -74,6 +74,7 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
                 f"{folder}: {len(indexes['train'])} training samples are less than one global batch of"
                 f" {triangle.global_batch}; lower train.global_batch or set data.last_batch to pad"
             )
+        attempt(check_made_from, config)
     attempt(check_same_run, config, out)
     start = None
     if wanted is not None and ds is not None:
@@ -141,7 +142,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that the numbers of a run depend on."""
-    return {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in FREE}
+    free = FREE
+    if config.optim.loss_norm == "micro_batch":
+        free = FREE - {"train.micro_batch", "train.accumulation"}
+    return {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
 
 
 def config_hash(config: RunConfig) -> str:
@@ -153,7 +157,10 @@ def check_same_run(config: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
     if not path.exists() or not Checkpoints(out).all():
         return
-    before = fixed_settings(RunConfig.model_validate(yaml.safe_load(path.read_text())))
+    try:
+        before = fixed_settings(RunConfig.model_validate(yaml.safe_load(path.read_text())))
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{path} cannot be read: the run folder is damaged; choose another --out") from None
     now = fixed_settings(config)
     different = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
     if different:

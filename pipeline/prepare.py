@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from data_prep.index import ShardIndex, open_split
+from data_prep.index import ShardIndex, open_split, read_manifest
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
@@ -46,14 +46,32 @@ def make_data(config: RunConfig, say: Any) -> None:
         raise UserError(f"{folder} could not be made from {data.source}")
 
 
+def check_made_from(config: RunConfig) -> None:
+    """Raise UserError where the recipe's source made the shard folder with other options than the recipe says."""
+    folder, data = data_folder(config), config.data
+    made = read_manifest(folder)["source"]
+    if made["name"] != data.source:
+        return  # somebody's own data in place of what the recipe would make
+    there = made["options"]
+    different = [name for name, value in data.options.items() if there.get(name, str(value)) != str(value)]
+    if different:
+        raise UserError(
+            *(
+                f"data.options.{name} is {data.options[name]} but {folder} was made with {there[name]}"
+                for name in different
+            )
+        )
+
+
 def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     """The base model: the pretrained one's name, or a folder with a new tokenizer and random weights."""
     if config.model.path is not None:
         return config.model.path
     base, scratch = run / "base", config.model.scratch
-    if base.exists():
-        return base
+    if base.exists() and any((run / "checkpoints").glob("stage*-step*")):
+        return base  # what the checkpoints began with
     assert scratch is not None
+    shutil.rmtree(base, ignore_errors=True)
     writing = run / "base.writing"
     shutil.rmtree(writing, ignore_errors=True)
     tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size)
@@ -111,7 +129,14 @@ def check_patches(index: ShardIndex, processor: Processor, num_patches: int) -> 
     """
     sizes = np.stack([index.records["width"], index.records["height"]], axis=1)
     unique, first, counts = np.unique(sizes, axis=0, return_index=True, return_counts=True)
-    columns = [processor.image_columns(int(w), int(h)) if w and h else num_patches for w, h in unique]
+
+    def columns_of(width: int, height: int) -> int:
+        try:
+            return processor.image_columns(width, height) if width and height else num_patches
+        except ValueError:  # no shape for the model: such a row is a bad sample when it comes up
+            return num_patches
+
+    columns = [columns_of(int(w), int(h)) for w, h in unique]
     short = [i for i, n in enumerate(columns) if n < num_patches]
     if short:
         i = min(short, key=lambda j: columns[j])

@@ -26,7 +26,7 @@ ANSWER = "Therefore, the answer is "
 class PromptConfig(BaseModel):
     """How an example is written down."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     answer: Literal["letter", "index"] = "letter"
     """The answer as a letter (M3CoT) or as the 0-based index of the choice (ScienceQA)."""
@@ -66,6 +66,10 @@ class Processor(Protocol):
 
 class UnusableSample(ValueError):
     """A sample that cannot become a row; the message is the reason."""
+
+
+class OverlongSample(UnusableSample):
+    """A sound sample that does not fit `max_tokens`."""
 
 
 def question_text(example: Example, context: bool = False) -> str:
@@ -129,7 +133,7 @@ class RowBuilder:
     def row(self, example: Example, key: str, row_id: int, latents: int, steps: list[str]) -> Row:
         """Question, `latents` latent steps, remaining `steps`, answer and eos.
 
-        Raises UnusableSample where it stays longer than `max_tokens` without its trailing steps.
+        Raises OverlongSample where it stays longer than `max_tokens` without its trailing steps.
         """
         row = self.prompt_row(example, key, row_id, latents)
         pieces = [self.processor.text_ids(step + "\n") for step in steps]
@@ -140,7 +144,7 @@ class RowBuilder:
             pieces.pop()
         if left < sum(map(len, pieces)):
             excess = sum(map(len, pieces)) - left
-            raise UnusableSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
+            raise OverlongSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
         row.dropped_steps = len(steps) - len(pieces)
         row.target_ids = [token for piece in pieces for token in piece] + answer
         return row

@@ -30,13 +30,14 @@ def lines(run: Path, split: str) -> list[str]:
             r = reports[stage]
             low, high = wilson_interval(r["right"], r["questions"])
             accuracy = f"{r['right'] / max(1, r['questions']):.1%} ({low:.1%} to {high:.1%})"
-            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}{r['seconds']:>12.3f}"
+            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}"
+            row += f"{'' if r['seconds'] is None else format(r['seconds'], '.3f'):>12}"
             row += f"  {r['name']}, N={r['questions']}"
         out.append(row)
     out.append(f"TensorBoard:    tensorboard --logdir {run / 'tensorboard'}")
-    exports = sorted((run / "export").glob("stage*"))
+    exports = [run / "export" / f"stage{s}" for s in sorted(steps) if (run / "export" / f"stage{s}").is_dir()]
     out += [f"exported model: {exports[-1]}"] if exports else []
-    out += [f"predictions:    {run / 'evaluation' / split}"] if reports else []
+    out += [f"predictions:    {run / 'evaluation' / split}/*/predictions.jsonl"] if reports else []
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 
 from data_prep import cli
@@ -84,9 +85,17 @@ class StepResult:
     columns: int
     """Real question and target columns"""
     dropped_steps: int
+    overlong: int
+    """Rows left out because they are too long"""
     stopping: bool
     """Some rank was asked to stop"""
     statistics: dict[str, float]
+
+
+def step_seed(seed: int, global_step: int, rank: int) -> int:
+    """Seed of a rank's draws in a step, 63 bits."""
+    low, high = np.random.SeedSequence([seed, global_step, rank]).generate_state(2)
+    return (int(high) << 32 | int(low)) >> 1
 
 
 class Run:
@@ -96,9 +105,9 @@ class Run:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
         self.checkpoints = Checkpoints(self.out)
-        self.stop = StopRequest()
-        self.bad_samples = 0
+        self.bad_keys: set[str] = set()
         self.device = distributed.start(world)
+        self.stop = StopRequest()
         stages, start = distributed.from_main((plan.stages, plan.start))
         self.plan = replace(plan, stages=stages, start=start)
         if self.plan.stages:
@@ -169,12 +178,13 @@ class Run:
         """One optimizer step: forward, backward, step for each micro-batch; DeepSpeed updates at the last."""
         engine, triangle, norm = self.engine, self.plan.triangle, self.config.optim.loss_norm
         # dropout depends on (seed, step, rank) alone, so that a resumed run draws what the first would have
-        torch.manual_seed(((self.config.train.seed << 32) + global_step) * 65536 + self.world.rank)
+        torch.manual_seed(step_seed(self.config.train.seed, global_step, self.world.rank))
         set_hyperparameters(engine, self.config.optim, lr)
         labels = [int(batch.target_mask.sum()) for batch in micro_batches]
         columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
-        mine = [sum(labels), columns, bad, sum(b.dropped_steps for b in micro_batches), self.stop.requested]
-        everywhere, columns, bad, dropped, stopping = (int(n) for n in total(mine, self.device))
+        dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
+        mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]
+        everywhere, columns, bad, dropped, overlong, stopping = (int(n) for n in total(mine, self.device))
         losses = torch.zeros((), device=self.device)
         statistics: dict[str, torch.Tensor] = {}
         for batch, labels_here in zip(micro_batches, labels, strict=True):
@@ -191,17 +201,21 @@ class Run:
         loss, *sums = total([float(losses), *(float(statistics[name]) for name in names)], self.device)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         self._note_bad(micro_batches, bad)
-        return StepResult(loss, grad_norm, columns, dropped, stopping > 0, dict(zip(names, sums, strict=True)))
+        return StepResult(
+            loss, grad_norm, columns, dropped, overlong, stopping > 0, dict(zip(names, sums, strict=True))
+        )
 
     def _note_bad(self, micro_batches: list[Batch], bad: int) -> None:
-        """Log samples that could not be used; stop past `data.max_bad`."""
-        for batch in micro_batches:
-            for line in batch.bad:
-                self.log.warning("skipped %s", line)
-        self.bad_samples += bad
-        if self.bad_samples > self.config.data.max_bad:
+        """Name samples that could not be used, each once; stop past `data.max_bad` of them.  `bad`: on all ranks."""
+        if not bad:
+            return
+        lines = {line for part in distributed.gather([line for b in micro_batches for line in b.bad]) for line in part}
+        for line in sorted(lines - self.bad_keys):
+            self.log.warning("skipped %s", line)
+        self.bad_keys |= lines
+        if len(self.bad_keys) > self.config.data.max_bad:
             raise UserError(
-                f"{self.bad_samples} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
+                f"{len(self.bad_keys)} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
                 f" their keys and reasons are in {self.out / 'logs'}"
             )
 
@@ -226,8 +240,9 @@ class Run:
                 "latent/norm": s["latent_norm"] / latent_steps,
                 "latent/selection_entropy": s["selection_entropy"] / latent_steps,
                 "latent/coverage": s["coverage"] / max(1.0, s["rows_with_latents"]),
-                "data/bad_samples": self.bad_samples,
+                "data/bad_samples": len(self.bad_keys),
                 "data/dropped_steps": r.dropped_steps,
+                "data/overlong_rows": r.overlong,
             },
         )
         self.log.info(
@@ -272,7 +287,6 @@ class Run:
 
     def _save(self, stage: int, done: int, length: int, before: int) -> str:
         """Checkpoint after step `done`; once however often it is asked for."""
-        self.lease.check()
         state = RunState(
             stage=stage,
             step=done,
@@ -285,9 +299,13 @@ class Run:
             base_hash=self.parts.base_hash,
             config_hash=config_hash(self.config),
         )
-        newest = self.checkpoints.newest(stage)
-        if newest is not None and newest.state == state:
-            return newest.path.name
+        # rank 0 decides for all: only it holds the lease, and ranks may see a shared disk differently
+        newest = self.checkpoints.newest(stage) if self.world.main else None
+        lost, there = distributed.from_main((self.lease.lost, newest is not None and newest.state == state))
+        if lost:
+            raise UserError(lost)
+        if there:
+            return self.checkpoints.path_of(state).name
         began = time.monotonic()
         checkpoint = self.checkpoints.save(self.engine, state, self.world, without_frozen(self.config))
         if self.world.main:

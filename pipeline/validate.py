@@ -40,7 +40,10 @@ class ValidationSet:
             built = [training_row(index, builder, int(i), stage, groups) for i in rows]
             batches.append(collate(built, builder.processor.row_format, stage.latents))
             examples.append(
-                [None if i == EMPTY or row.bad else index.read(int(i)) for i, row in zip(rows, built, strict=True)]
+                [
+                    None if i == EMPTY or not row.target_ids else index.read(int(i))
+                    for i, row in zip(rows, built, strict=True)
+                ]
             )
         return cls(batches, examples)
 

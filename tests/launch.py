@@ -93,17 +93,18 @@ def wait_for_step(out: Path, global_step: int, process: subprocess.Popen, second
 
 
 def rank_processes(out: Path) -> list[int]:
-    """Process ids of the training ranks of a run folder."""
-    found = []
+    """Process ids of the training ranks of a run folder, without their launchers and loader workers."""
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            if b"pipeline/train.py" in words[:3] and str(out).encode() in words:  # not their launchers
-                found.append(int(entry.name))
-    return found
+            if b"pipeline/train.py" in words[:3] and str(out).encode() in words:
+                parents[int(entry.name)] = parent
+    return sorted(pid for pid, parent in parents.items() if parent not in parents)
 
 
 def kill_tree(process: subprocess.Popen) -> None:

@@ -78,7 +78,7 @@ def test_from_raw_files_to_predictions(tmp_path, source):
         "pipeline.evaluate", "--run", tmp_path / "run", "--timed", "1", "--max_new_tokens", "12", "--batch", "4"
     )
     assert code == 0, err
-    lines = (tmp_path / "run" / "evaluation" / "test" / "latent.predictions.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "evaluation" / "test" / "latent" / "predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
     assert len(predictions) == (10 if source == "m3cot" else 8)
     assert all(p["answer"] in "ABCD" and len(p["messages"]) == 2 for p in predictions)

@@ -32,7 +32,7 @@ def test_evaluate_run(whole_run, data):
     reports = {r["name"]: r for r in json.loads((folder / "report.json").read_text())}
     assert reports.keys() == {"explicit", "latent"}
     assert reports["latent"]["questions"] == 24 and reports["latent"]["seconds"] > 0
-    lines = [json.loads(line) for line in (folder / "latent.predictions.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "latent" / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [open_split(data, "test").read(i).id for i in range(24)]
     assert {"id", "choices", "answer", "domain", "topic", "messages"} <= lines[0].keys()
     mean = sum(line["autoregressive_steps"] for line in lines) / 24
@@ -62,7 +62,7 @@ def test_ask(whole_run, data, tmp_path):
         ("pipeline.evaluate", ["--run", "{run}", "--split", "tset"], "has no split tset; it has test, train, val"),
         ("pipeline.evaluate", ["--run", "{run}", "--limt", "3"], "unknown option --limt; did you mean --limit?"),
         ("pipeline.evaluate", ["--run", "{run}", "--limit", "0"], "--limit 0: expected 1 or more"),
-        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a"], "1 choices"),
+        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a"], "fewer than 2 choices: 1"),
         ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a", "--choice", "b", "--image", "/no"],
          "--image /no: No such file or directory"),
         ("pipeline.summary", ["--run", "{data}"], "is not a run folder"),

@@ -18,6 +18,13 @@ from tests.slurm_cluster import Cluster, unavailable
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [0, 1, 2, 3]
 
+
+@pytest.fixture(autouse=True)
+def own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs inherit the environment: this one's setting is not what is tested."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 # What PYTHON names in most tests.  Every rank meets rank 0 at MASTER_ADDR:MASTER_PORT, as in a process group,
 # and leaves a record; STAND_IN says how it ends.
 STAND_IN = """\

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.cli import bind
@@ -21,6 +23,15 @@ class Rejected(Exception):
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(id, reason)
         self.id, self.reason = id, reason
+
+
+@contextlib.contextmanager
+def rejecting(id: str) -> Iterator[None]:
+    """Turn an InvalidExample into the rejection of the row `id`."""
+    try:
+        yield
+    except InvalidExample as error:
+        raise Rejected(id, str(error)) from error
 
 
 class Source(Protocol):
@@ -78,6 +89,30 @@ def source_options(name: str) -> dict[str, str]:
 def text(value: Any) -> Any:
     """A cell of a table, with the empty text for a missing value; whether it is text is validated later."""
     return "" if value is None else value
+
+
+def choice_texts(choices: Any) -> tuple[Any, ...]:
+    """The choices of a row; whether each is text is validated later.
+
+    Raises:
+        InvalidExample: not a list; a text is none, though it could be split into letters.
+    """
+    if not isinstance(choices, list):
+        raise InvalidExample("choices is no list")
+    return tuple(choices)
+
+
+def read_image(path: Path, name: str) -> bytes:
+    """The picture file that a row calls `name`.
+
+    Raises:
+        InvalidExample: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidExample(f"image file cannot be read: {name}, {reason}") from error
 
 
 def answer_index(answer: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Rejected, answer_index, text
+from data_prep.sources import SPLITS, Rejected, answer_index, choice_texts, read_image, text
 
 _KEYS = {"id", "image", "question", "choices", "answer", "rationale", "context", "split"}
 
@@ -67,7 +67,7 @@ class JsonLines:
             line = file.readline()
         try:
             content = _parse(line)
-            id = str(content.get("id", id))
+            id = str(text(content.get("id"))) or id
             told = content.get("split", "train" if lines.tell_split else split)
             if told != split:
                 raise InvalidExample(f"wrong split: {told!r}")
@@ -76,12 +76,9 @@ class JsonLines:
             raise Rejected(id, str(error)) from error
 
     def _example(self, split: str, content: dict[str, Any], folder: Path) -> Example:
-        choices = content.get("choices")
-        if not isinstance(choices, list):
-            raise InvalidExample("choices not a list")
         return Example(
-            id=str(content.get("id", "")), dataset=self.name, split=split,
-            question=text(content.get("question")), choices=tuple(choices),
+            id=str(text(content.get("id"))), dataset=self.name, split=split,
+            question=text(content.get("question")), choices=choice_texts(content.get("choices")),
             answer=answer_index(content.get("answer")), rationale=text(content.get("rationale")),
             context=text(content.get("context")), image=_read_image(folder, content.get("image")),
             fields=_fields(content),
@@ -128,10 +125,7 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
     path = os.path.normpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
         raise InvalidExample(f"image outside the folder: {name}")
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InvalidExample(f"image file cannot be read: {name}, {error}") from error
+    return read_image(Path(path), name)
 
 
 def _fields(content: dict[str, Any]) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.example import Example, InvalidExample
-from data_prep.sources import Rejected, answer_index, text
+from data_prep.example import Example
+from data_prep.sources import answer_index, choice_texts, rejecting, text
 from data_prep.sources.parquet import image_bytes, load_tables
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ class M3CoT:
 
     name = "m3cot"
 
-    def __init__(self, tables: dict[str, Dataset]) -> None:
-        self._tables = tables
+    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
+        """`folder` is where relative paths of pictures start."""
+        self._tables, self._folder = tables, folder
 
     def splits(self) -> list[str]:
         return list(self._tables)
@@ -32,18 +34,17 @@ class M3CoT:
 
     def example(self, split: str, row: int) -> Example:
         cells = self._tables[split][row]
-        try:
+        with rejecting(cells["id"]):
             return Example(
                 id=text(cells["id"]), dataset=self.name, split=split,
-                question=text(cells["question"]), choices=tuple(cells["choices"] or ()),
+                question=text(cells["question"]), choices=choice_texts(cells["choices"]),
                 answer=answer_index(cells["answer"]), rationale=text(cells["rationale"]),
-                context=text(cells["context"]), image=image_bytes(cells["image"]),
+                context=text(cells["context"]), image=image_bytes(cells["image"], self._folder),
                 fields={name: str(text(cells[name])) for name in FIELDS},
             )  # fmt: skip
-        except InvalidExample as error:
-            raise Rejected(cells["id"], str(error)) from error
 
 
 def open_table(input: str | None) -> M3CoT:
     """Open a hub id or a local folder; see `load_tables` for the errors."""
-    return M3CoT(load_tables(input or HUB_ID, COLUMNS))
+    input = input or HUB_ID
+    return M3CoT(load_tables(input, COLUMNS), Path(input).expanduser())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from data_prep.sources import SPLITS
+from data_prep.sources import SPLITS, read_image
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -36,7 +36,7 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
         (`HF_HOME` moves it), so that nothing is written beside the input.
 
     Raises:
-        UserError: the input cannot be read, or columns are missing.
+        UserError: the input cannot be read, columns are missing, or `image` holds no pictures.
     """
     import datasets  # a second to import, needed by two sources only
 
@@ -59,7 +59,10 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
     for split, table in tables.items():
         if missing := sorted(set(columns) - set(table.column_names)):
             raise UserError(f"--input {input}: the split {split} has no column {', '.join(missing)}")
-        tables[split] = table.cast_column("image", datasets.Image(decode=False))
+        try:
+            tables[split] = table.cast_column("image", datasets.Image(decode=False))
+        except Exception as error:  # of many kinds here too
+            raise UserError(f"--input {input}: the column image of the split {split} holds no pictures") from error
     if not tables:
         raise UserError(f"--input {input}: no split is called {', '.join(_SPLIT_WORDS)}")
     return {split: tables[split] for split in SPLITS if split in tables}
@@ -79,6 +82,16 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def image_bytes(cell: dict[str, Any] | None) -> Any:
-    """The bytes of an undecoded image cell, None for an empty one."""
-    return cell["bytes"] if cell else None
+def image_bytes(cell: dict[str, Any] | None, folder: Path) -> Any:
+    """The bytes of an undecoded image cell, None for an empty one.
+
+    A cell may hold nothing but the path of its picture, absolute or relative to the input `folder`.
+
+    Raises:
+        InvalidExample: the file cannot be read.
+    """
+    if not cell:
+        return None
+    if cell["bytes"] is None and cell["path"]:
+        return read_image(folder / cell["path"], cell["path"])
+    return cell["bytes"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Rejected, Source, answer_index, text
+from data_prep.sources import SPLITS, Source, answer_index, choice_texts, read_image, rejecting, text
 from data_prep.sources.parquet import image_bytes, load_tables
 
 if TYPE_CHECKING:
@@ -27,17 +27,14 @@ COLUMNS = ("image", "question", "choices", "answer", "hint", "lecture", "solutio
 
 
 def _example(id: str, split: str, problem: dict[str, Any], image: Any) -> Example:
-    try:
-        return Example(
-            id=id, dataset="scienceqa", split=split,
-            question=text(problem.get("question")), choices=tuple(problem.get("choices") or ()),
-            answer=answer_index(problem.get("answer")),
-            rationale=f"{text(problem.get('lecture'))} {text(problem.get('solution'))}".strip(),
-            context=text(problem.get("hint")), image=image,
-            fields={name: str(text(problem.get(name))) for name in FIELDS},
-        )  # fmt: skip
-    except InvalidExample as error:
-        raise Rejected(id, str(error)) from error
+    return Example(
+        id=id, dataset="scienceqa", split=split,
+        question=text(problem.get("question")), choices=choice_texts(problem.get("choices")),
+        answer=answer_index(problem.get("answer")),
+        rationale=f"{text(problem.get('lecture'))} {text(problem.get('solution'))}".strip(),
+        context=text(problem.get("hint")), image=image,
+        fields={name: str(text(problem.get(name))) for name in FIELDS},
+    )  # fmt: skip
 
 
 class ScienceQAParquet:
@@ -45,8 +42,9 @@ class ScienceQAParquet:
 
     name = "scienceqa"
 
-    def __init__(self, tables: dict[str, Dataset]) -> None:
-        self._tables = tables
+    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
+        """`folder` is where relative paths of pictures start."""
+        self._tables, self._folder = tables, folder
 
     def splits(self) -> list[str]:
         return list(self._tables)
@@ -55,8 +53,9 @@ class ScienceQAParquet:
         return len(self._tables[split])
 
     def example(self, split: str, row: int) -> Example:
-        problem = self._tables[split][row]
-        return _example(f"{split}-{row}", split, problem, image_bytes(problem["image"]))
+        id, problem = f"{split}-{row}", self._tables[split][row]
+        with rejecting(id):
+            return _example(id, split, problem, image_bytes(problem["image"], self._folder))
 
 
 class ScienceQAProblems:
@@ -75,17 +74,17 @@ class ScienceQAProblems:
 
     def example(self, split: str, row: int) -> Example:
         id = self._ids[split][row]
-        if id not in self._problems:
-            raise Rejected(id, "in pid_splits.json but not in the problems")
-        problem = self._problems[id]
-        image = None
-        if name := problem.get("image"):
-            path = self._images / split / id / Path(name).name
-            try:
-                image = path.read_bytes()
-            except OSError as error:
-                raise Rejected(id, f"image file cannot be read: {path.name}, {error.strerror}") from error
-        return _example(id, split, problem, image)
+        with rejecting(id):
+            if id not in self._problems:
+                raise InvalidExample("in pid_splits.json but not in the problems")
+            problem = self._problems[id]
+            return _example(id, split, problem, self._image(split, id, text(problem.get("image"))))
+
+    def _image(self, split: str, id: str, name: Any) -> bytes | None:
+        if not isinstance(name, str):
+            raise InvalidExample("image not a file name")
+        file = Path(name).name
+        return read_image(self._images / split / id / file, file) if name else None
 
 
 def open_table(input: str | None) -> Source:
@@ -98,7 +97,7 @@ def open_table(input: str | None) -> Source:
     problems_file = path / "problems.json" if path.is_dir() else path
     if problems_file.is_file():
         return _open_problems(problems_file)
-    return ScienceQAParquet(load_tables(input or HUB_ID, COLUMNS))
+    return ScienceQAParquet(load_tables(input or HUB_ID, COLUMNS), path)
 
 
 def _open_problems(path: Path) -> ScienceQAProblems:
@@ -107,12 +106,15 @@ def _open_problems(path: Path) -> ScienceQAProblems:
         raise UserError(f"--input {path}: expected one JSON object of problems by id")
     splits_file = path.parent / "pid_splits.json"
     if splits_file.is_file():
-        ids = {split: [str(id) for id in found] for split, found in _read_json(splits_file).items()}
+        listed = _read_json(splits_file)
+        if not isinstance(listed, dict) or not all(isinstance(found, list) for found in listed.values()):
+            raise UserError(f"--input {splits_file}: expected one JSON object of lists of ids by split")
+        ids = {split: [str(id) for id in found] for split, found in listed.items()}
     else:
         ids = {}
         for id, problem in problems.items():
-            ids.setdefault(problem.get("split", "train"), []).append(id)
-        if strangers := sorted(set(map(str, ids)) - set(SPLITS)):
+            ids.setdefault(str(problem.get("split", "train")), []).append(id)
+        if strangers := sorted(set(ids) - set(SPLITS)):
             raise UserError(f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}")
     return ScienceQAProblems(problems, ids, path.parent / "images")
 
@@ -120,5 +122,5 @@ def _open_problems(path: Path) -> ScienceQAProblems:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--input {path}: cannot be read as JSON ({error})") from None

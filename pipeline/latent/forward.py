@@ -26,7 +26,7 @@ from pipeline.loss import LabelHead
 class LatentConfig(BaseModel):
     """Options that change the mathematics of a latent step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_patches: int = Field(32, ge=0)
     """K: image columns that each latent step takes (paper: 32 for Qwen2-VL)."""
@@ -38,6 +38,11 @@ class LatentConfig(BaseModel):
     """Order of V's columns inside a step."""
     selection: Literal["attention", "random", "uniform", "least", "none"] = "attention"
     """Which patches: those attended to most, or a control."""
+
+    @property
+    def patches_taken(self) -> int:
+        """Patches that a step takes, as far as the image has them."""
+        return 0 if self.selection == "none" else self.num_patches
 
 
 class Backbone(Protocol):

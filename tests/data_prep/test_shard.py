@@ -42,6 +42,15 @@ def test_files_do_not_depend_on_workers_or_reruns(trails: Path, tmp_path: Path) 
     assert [name for name in first if name.startswith("train-")] == [f"train-{k:06d}.tar" for k in range(3)]
 
 
+def test_a_source_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"own\.jsonl has no rows"):
+        build("jsonl", tmp_path / "out", input=str(tmp_path / "own.jsonl"))
+    with pytest.raises(UserError, match="trails: it has no rows"):
+        build("trails", tmp_path / "out", options={"train": 0, "val": 0, "test": 0})
+    assert not (tmp_path / "out").exists()
+
+
 def test_index_reads_equal_examples(trails: Path) -> None:
     source = open_source("trails", options=TRAILS)
     for split, count in TRAILS.items():

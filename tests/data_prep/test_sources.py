@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.example import InvalidExample
 from data_prep.sources import Rejected, Source, open_source
 from tests.data_prep.conftest import m3cot_row, picture, scienceqa_problem, write_parquet
+
+datasets = pytest.importorskip("datasets")
 
 
 def reason(source: Source, split: str, row: int) -> tuple[str, str]:
@@ -55,9 +58,33 @@ def test_parquet_mistakes(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [{"image": None, "question": "?"}])
     with pytest.raises(UserError, match="the split train has no column answer, category"):
         open_source("m3cot", str(tmp_path))
+    datasets.Dataset.from_list([m3cot_row(0, image=5)]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="the column image of the split train holds no pictures"):
+        open_source("m3cot", str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="cannot be loaded"):
         open_source("m3cot", str(tmp_path))
+
+
+PARQUET_ROWS = pytest.mark.parametrize(("name", "row"), [("m3cot", m3cot_row(0)), ("scienceqa", scienceqa_problem())])
+
+
+@PARQUET_ROWS
+@pytest.mark.parametrize("plain", [True, False])
+def test_parquet_paths_of_pictures(tmp_path: Path, name: str, row: dict[str, Any], plain: bool) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    paths = [str(tmp_path / "a.png"), "a.png", "gone.png", None]
+    rows = [row | {"image": path if plain else {"path": path, "bytes": None}} for path in paths]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    source = open_source(name, str(tmp_path))
+    assert [source.example("train", i).image for i in (0, 1, 3)] == [picture(), picture(), None]
+    assert reason(source, "train", 2)[1] == "image file cannot be read: gone.png, No such file or directory"
+
+
+@PARQUET_ROWS
+def test_parquet_choices_of_text(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    write_parquet(tmp_path / "train.parquet", [row | {"choices": "figs"}])
+    assert reason(open_source(name, str(tmp_path)), "train", 0)[1] == "choices is no list"
 
 
 def test_scienceqa_original_layout(scienceqa_folder: Path) -> None:
@@ -92,6 +119,38 @@ def test_scienceqa_problems_file_alone(tmp_path: Path) -> None:
     assert reason(source, "train", 1)[0] == "9"
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
+        open_source("scienceqa", str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"choices": 5}, "choices is no list"),
+        ({"choices": "ab"}, "choices is no list"),
+        ({"image": 5}, "image not a file name"),
+        ({"image": "\0.png"}, "image file cannot be read"),
+    ],
+)
+def test_scienceqa_bad_problems(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"7": scienceqa_problem(**change)}))
+    id, found = reason(open_source("scienceqa", str(path)), "train", 0)
+    assert id == "7"
+    assert found.startswith(told)
+
+
+@pytest.mark.parametrize("listed", [["1"], {"train": "12"}, {"train": 5}])
+def test_scienceqa_bad_split_files(scienceqa_folder: Path, listed: Any) -> None:
+    (scienceqa_folder / "pid_splits.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=r"pid_splits\.json: expected one JSON object of lists of ids"):
+        open_source("scienceqa", str(scienceqa_folder))
+
+
+@pytest.mark.parametrize("split", ["dev", ["train"], {}, None])
+def test_scienceqa_problems_of_no_split(tmp_path: Path, split: Any) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"7": scienceqa_problem(split=split)}))
+    with pytest.raises(UserError, match="problems of the split"):
         open_source("scienceqa", str(path))
 
 
@@ -143,7 +202,7 @@ def test_jsonl_file(tmp_path: Path) -> None:
         (b"[" * 100_000 + b"\n", "own.jsonl:2", "not a line of JSON"),
         (b"[1]\n", "own.jsonl:2", "not a JSON object"),
         (jsonl_line(id="z", split="dev").encode(), "z", "wrong split: 'dev'"),
-        (jsonl_line(id="z", choices="ab").encode(), "z", "choices not a list"),
+        (jsonl_line(id="z", choices="ab").encode(), "z", "choices is no list"),
         (jsonl_line(id="z", answer="yes").encode(), "z", "no answer"),
         (jsonl_line(id="z", image="../x.png").encode(), "z", "image outside the folder"),
         (jsonl_line(id="z", image="/etc/hosts").encode(), "z", "image outside the folder"),
@@ -161,6 +220,17 @@ def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> Non
     assert found[0] == id
     assert found[1].startswith(told)
     assert source.example("train", 2).id == "b"
+
+
+def test_jsonl_missing_ids(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    no_id = {name: value for name, value in json.loads(jsonl_line()).items() if name != "id"}
+    path.write_text(json.dumps(no_id) + "\n" + jsonl_line(id=None) + jsonl_line(id=None, choices=5))
+    source = open_source("jsonl", str(path))
+    assert source.example("train", 0) == source.example("train", 1)
+    with pytest.raises(InvalidExample, match="no id"):
+        source.example("train", 1).validate()
+    assert reason(source, "train", 2)[0] == "own.jsonl:3"
 
 
 def test_jsonl_folder(tmp_path: Path) -> None:
