@@ -30,5 +30,9 @@ $(VENV)/installed: pyproject.toml setup.cfg constraints.txt install.sh
 	./install.sh $(VENV)
 	touch $@
 
+# Ratios measured side by side in one run, on all cores.
+bench: $(VENV)/installed
+	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.step_cost
+
 clean:
 	rm -rf $(VENV) build *.egg-info

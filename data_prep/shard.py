@@ -89,8 +89,8 @@ def build(
         text_only: whether questions without a picture are kept or skipped.
 
     Raises:
-        UserError: bad options or input, a source without rows, an `out` of other settings, or a split of which nothing could be
-        used.
+        UserError: bad options or input, a source without rows, an `out` of other settings, or a split of which
+        nothing could be used.
     """
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
