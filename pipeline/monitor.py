@@ -38,7 +38,9 @@ LAYOUT = {
         "seconds of a step": ["Multiline", ["time/data_wait", "time/forward", "time/backward", "time/step"]],
         "memory (GB)": ["Multiline", ["memory/allocated_gb", "memory/peak_gb"]],
     },
-    "data": {"problems": ["Multiline", ["data/bad_samples", "data/dropped_steps"]]},
+    "data": {
+        "problems since the start": ["Multiline", ["data/bad_samples", "data/overlong_rows", "data/dropped_steps"]]
+    },
 }
 
 

@@ -84,9 +84,6 @@ class StepResult:
     grad_norm: float
     columns: int
     """Real question and target columns"""
-    dropped_steps: int
-    overlong: int
-    """Rows left out because they are too long"""
     stopping: bool
     """Some rank was asked to stop"""
     statistics: dict[str, float]
@@ -106,6 +103,7 @@ class Run:
         self.log = configure_logging(self.out / "logs", world.rank)
         self.checkpoints = Checkpoints(self.out)
         self.bad_keys: set[str] = set()
+        self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
         self.device = distributed.start(world)
         self.stop = StopRequest()
         stages, start = distributed.from_main((plan.stages, plan.start))
@@ -201,9 +199,8 @@ class Run:
         loss, *sums = total([float(losses), *(float(statistics[name]) for name in names)], self.device)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         self._note_bad(micro_batches, bad)
-        return StepResult(
-            loss, grad_norm, columns, dropped, overlong, stopping > 0, dict(zip(names, sums, strict=True))
-        )
+        self.dropped_steps, self.overlong = self.dropped_steps + dropped, self.overlong + overlong
+        return StepResult(loss, grad_norm, columns, stopping > 0, dict(zip(names, sums, strict=True)))
 
     def _note_bad(self, micro_batches: list[Batch], bad: int) -> None:
         """Name samples that could not be used, each once; stop past `data.max_bad` of them.  `bad`: on all ranks."""
@@ -241,8 +238,8 @@ class Run:
                 "latent/selection_entropy": s["selection_entropy"] / latent_steps,
                 "latent/coverage": s["coverage"] / max(1.0, s["rows_with_latents"]),
                 "data/bad_samples": len(self.bad_keys),
-                "data/dropped_steps": r.dropped_steps,
-                "data/overlong_rows": r.overlong,
+                "data/dropped_steps": self.dropped_steps,
+                "data/overlong_rows": self.overlong,
             },
         )
         self.log.info(
@@ -329,6 +326,9 @@ class Run:
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
         distributed.barrier()
+        if self.bad_keys or self.dropped_steps or self.overlong:
+            self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
+                          len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
         self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -358,6 +359,16 @@ def test_corrupt_image_is_skipped_by_name(data, tmp_path):
     )
     assert code == 2
     assert "error: 1 samples could not be used, more than data.max_bad 0" in log
+
+
+def test_overlong_rows_are_counted(data, tmp_path):
+    """Rows above the limit lose steps, or are left out by option: both said, neither counted as bad."""
+    look = "[{latents: 0, skip: 0, steps: 2, where: {kind: [look]}}]"
+    short = ["--curriculum.stages", look, "--prompt.max_tokens", "130", "--train.val_samples", "0"]
+    log = train(tmp_path / "cut", data, *short)
+    assert re.search(r"so far 0 bad samples, 0 rows too long, [1-9][0-9]* reasoning steps cut to fit", log)
+    log = train(tmp_path / "skipped", data, *short, "--prompt.overlong", "skip")
+    assert "so far 0 bad samples, 16 rows too long, 0 reasoning steps cut to fit" in log
 
 
 def test_damaged_checkpoint_is_refused(data, tmp_path):
