@@ -22,7 +22,7 @@ from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import OverlongSample, RowBuilder, UnusableSample
 
 LAST_SECONDS = 30
-"""How long a worker outlives SIGTERM."""
+"""How long a worker outlives a SIGTERM that did not come from its rank."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,15 @@ class StageSteps(Dataset):
 def _outlast_signals(worker: int) -> None:
     """A signal to the whole process group asks the rank to stop: its workers go on while it saves, but not for ever."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(LAST_SECONDS, os._exit, (143,)).start())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_term, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_on_term(rank: int) -> None:
+    """End at the rank's own SIGTERM; after somebody else's, `LAST_SECONDS` later at most."""
+    if signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        signal.sigtimedwait({signal.SIGTERM}, LAST_SECONDS)
+    os._exit(0)
 
 
 def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -21,7 +24,7 @@ from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, matching, steps_from, training_row
+from pipeline.loader import Share, StageSteps, _outlast_signals, matching, steps_from, training_row
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
 
@@ -299,3 +302,27 @@ def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: Row
     fmt = builder.processor.row_format
     reasons = [line.split(": ", 1) for line in batch.bad]
     assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in reasons], fmt, 1))
+
+
+def test_a_worker_ends_at_its_ranks_sigterm_only():
+    """Somebody else's (a launcher's, to the whole group) leaves it the time in which the rank saves."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def work():
+        _outlast_signals(0)
+        ready.set()
+        time.sleep(60)
+
+    for by_others in (False, True):
+        ready.clear()
+        worker = context.Process(target=work, daemon=True)
+        worker.start()
+        ready.wait(20)
+        if by_others:
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+            worker.join(1)
+            assert worker.is_alive()
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
