@@ -242,6 +242,8 @@ def table(reports: list[Report]) -> str:
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
     for r in reports:
         for name, groups in r.groups.items():
+            if len(groups) == 1:
+                continue
             parts = [f"{value or '(none)'} {right / total:.1%} of {total}" for value, (right, total) in groups.items()]
             lines.append(f"{r.name} by {name}: " + ", ".join(parts))
     if len(reports) > 1:

@@ -56,7 +56,8 @@ def main(
 
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; --data: shard folder;
     --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto goes on from
-    what the run folder holds, never refuses a used one; --local_rank comes from the launcher.
+    what the run folder holds, --resume never stops if it holds anything; --local_rank comes from the launcher.
+    SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
@@ -267,8 +268,8 @@ class Run:
         found = validate(self.engine, data, self.parts.builder, config.eval.max_new_tokens, self.device)
         self.monitor.scalars(global_step, found)
         self.log.info(
-            "stage %d step %d: validation loss %.4f, accuracy %.3f, %.1f autoregressive steps",
-            stage, done, found["val/loss"], found["val/accuracy"], found["val/autoregressive_steps"],
+            "stage %d step %d: validation loss %.4f, accuracy %.3f of %d, %.1f autoregressive steps", stage, done,
+            found["val/loss"], found["val/accuracy"], config.train.val_samples, found["val/autoregressive_steps"],
         )  # fmt: skip
         if found["val/accuracy"] <= best:
             return best

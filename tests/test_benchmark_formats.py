@@ -43,6 +43,7 @@ def scienceqa_files(folder):
         has_image = i % 3 != 2
         problems[str(i)] = scienceqa_problem(
             question="How many lines?", choices=["none", "one"], answer=i % 2, split=split,
+            grade=f"grade{1 + i % 2}", subject=("natural science", "language science")[i % 2],
             image="image.png" if has_image else None, solution=f"I count. I see {i % 2}.",
         )  # fmt: skip
         splits[split].append(str(i))
