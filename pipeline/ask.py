@@ -51,13 +51,11 @@ def main(
     except InvalidExample as error:
         raise UserError(str(error)) from None
     loaded = load_export(folder)
-    builder = loaded.builder
-    if context:  # whether or not the model was trained with one
-        builder.config = builder.config.model_copy(update={"context": True})
     n = loaded.info.latents if latents is None else latents
     start = time.perf_counter()
     try:
-        row = builder.prompt_row(example, "question", 0, n)
+        # a context that is given is shown, whether or not the model was trained with one
+        row = loaded.builder.prompt_row(example, "question", 0, n, show_context=bool(context))
     except UnusableSample as error:
         raise UserError(str(error)) from None
     out = generate_rows(loaded, [row], n, max_new_tokens)

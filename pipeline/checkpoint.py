@@ -3,7 +3,7 @@
     checkpoints/stage1-step000200/     DeepSpeed's files of all ranks
         state.json                     where the run stood: stage, step, world, hashes
         manifest.json                  size and hash of every file, written last
-    checkpoints/latest                 name of the newest one
+    checkpoints/latest                 name of the newest one, for DeepSpeed's own tools (zero_to_fp32.py)
 
 A checkpoint is written under another name, hashed, renamed, and only then named in `latest`.  DeepSpeed unpickles its
 own files, so nothing is loaded whose hash is not the one that was written.
@@ -47,8 +47,6 @@ class RunState:
     """Training split's index"""
     base_hash: str
     """Weights that are not in the checkpoint: the base model's files (LoRA), else empty"""
-    config_hash: str
-    """Settings that the numbers depend on"""
 
     @property
     def stage_done(self) -> bool:

@@ -6,14 +6,11 @@ Splitting and merging rationales happens here, at training, so one set of shards
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.steps import merge_steps, split_steps
-
-FRACTION = Annotated[float, Field(ge=0, le=1)]
 
 
 class StageConfig(BaseModel):
@@ -52,7 +49,7 @@ class CurriculumConfig(BaseModel):
     """In order; each starts from the end of the one before it."""
     groups: int = Field(3, ge=1)
     """A rationale of more steps than this is merged to so many consecutive groups."""
-    mix: FRACTION = 0.0
+    mix: float = Field(0.0, ge=0, le=1)
     """Share of rows that take a random earlier stage (Coconut's uniform_prob)."""
     reset_optimizer: bool = False
     """Start each stage with a fresh optimizer (Coconut) instead of one throughout (published)."""

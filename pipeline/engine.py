@@ -229,7 +229,8 @@ def loss_scale(loss_norm: str, labels_here: int, labels_everywhere: int, triangl
     """What a micro-batch's sum of NLL is multiplied by before backward.
 
     DeepSpeed then averages over ranks and accumulation steps.  `global`: the result is the mean over all labelled
-    tokens of the step, whatever the number of ranks.  `micro_batch`: a mean of micro-batch means.
+    tokens of the step, whatever the number of ranks.  `micro_batch`: a mean of micro-batch means (published), in
+    which a micro-batch without any labelled token counts as 0.
     """
     if loss_norm == "micro_batch":
         return 1.0 / max(1, labels_here)

@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,36 +25,7 @@ from pipeline.export import FILE, LoadedModel, load_export
 from pipeline.latent.decode import Generation
 from pipeline.model import AnswerLimits
 from pipeline.prompt import LETTERS, UnusableSample, question_text
-from pipeline.score import breakdown, strict_choice, wilson_interval
-
-FIELDS = ("domain", "topic", "subject", "grade", "kind", "hops")
-"""Breakdown fields of the known sources; those that a split has are reported."""
-
-
-@dataclass
-class Report:
-    """What one model did on a split."""
-
-    name: str
-    stage: int
-    questions: int
-    right: int
-    skipped: int
-    """Samples that could not be used; not counted as questions"""
-    autoregressive_steps: float
-    """Latent steps + generated tokens with eos, mean"""
-    seconds: float | None
-    """A question alone, median; none if none was timed"""
-    groups: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """field -> value -> (right, questions)"""
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / max(1, self.questions)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.right, self.questions)
+from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
 
 
 def main(
@@ -99,7 +70,7 @@ def main(
         answers = answer_all(loaded, index, limit, batch, n, max_new_tokens)
         seconds = seconds_alone(loaded, index, timed, n, max_new_tokens)
         reports.append(write_answers(name, answers, loaded, out, seconds))
-    write_atomic(out / "report.json", json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    write_reports(reports, out)
     print(table(reports))
     print(f"predictions: {out}/*/predictions.jsonl")
 
@@ -200,7 +171,7 @@ def write_answers(
     folder = out / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "predictions.jsonl", "".join(lines))
-    present = [f for f in FIELDS if any(f in e.fields for e, _ in results)]
+    present = breakdown_fields([example.fields for example, _ in results])
     return Report(
         name=name,
         stage=loaded.info.stage,

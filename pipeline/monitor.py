@@ -62,6 +62,36 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+@dataclass
+class StepResult:
+    """A step's numbers, summed over ranks."""
+
+    loss: float
+    grad_norm: float
+    columns: int
+    """Real question and target columns"""
+    stopping: bool
+    """Some rank was asked to stop"""
+    statistics: dict[str, float]
+    """Sums over rows; see `pipeline.latent.forward.Trace.statistics`"""
+
+
+def step_scalars(result: StepResult, watch: Stopwatch, global_batch: int) -> dict[str, float]:
+    """What TensorBoard shows of a step: loss, speed, the time of each phase, and what the latent steps did."""
+    seconds, sums = sum(watch.seconds.values()), result.statistics
+    latent_steps = max(1.0, sums["latent_steps"])
+    return {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "speed/tokens_per_s": result.columns / seconds,
+        "speed/samples_per_s": global_batch / seconds,
+        **{f"time/{phase}": value for phase, value in watch.seconds.items()},
+        "latent/norm": sums["latent_norm"] / latent_steps,
+        "latent/selection_entropy": sums["selection_entropy"] / latent_steps,
+        "latent/coverage": sums["coverage"] / max(1.0, sums["rows_with_latents"]),
+    }
+
+
 def memory_gb(device: torch.device) -> dict[str, float]:
     """Memory of this process now and at its peak, in GB: the GPU's, else resident memory."""
     if device.type == "cuda":

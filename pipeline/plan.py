@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,10 +144,6 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     if config.optim.loss_norm == "micro_batch":
         free = FREE - {"train.micro_batch", "train.accumulation"}
     return {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
-
-
-def config_hash(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(fixed_settings(config), sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(config: RunConfig, out: Path) -> None:

@@ -110,8 +110,11 @@ class RowBuilder:
         """num_patches: K of the latent steps; 0 where none takes any."""
         self.processor, self.config, self.num_patches = processor, config, num_patches
 
-    def prompt_row(self, example: Example, key: str, row_id: int, latents: int) -> Row:
-        """The question alone, ready for `latents` latent steps.  Raises UnusableSample."""
+    def prompt_row(self, example: Example, key: str, row_id: int, latents: int, *, show_context: bool = False) -> Row:
+        """The question alone, ready for `latents` latent steps; its context where the config or `show_context` says so.
+
+        Raises UnusableSample.
+        """
         if len(example.choices) > len(LETTERS):
             raise UnusableSample(f"{len(example.choices)} choices, more than there are letters")
         pixels: np.ndarray | None = None
@@ -124,7 +127,7 @@ class RowBuilder:
             except ValueError as error:
                 raise UnusableSample(f"image: {error}") from error
             grids = [grid]
-        ids = self.processor.prompt_ids(question_text(example, self.config.context), grids)
+        ids = self.processor.prompt_ids(question_text(example, self.config.context or show_context), grids)
         if latents and grids:
             check_num_patches(self._image_columns(grids), self.num_patches)
         positions = self.processor.positions(ids, grids)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep import cli
 from data_prep.errors import UserError
-from pipeline.score import wilson_interval
+from pipeline.score import read_reports
 
 
 def main(*, run: Path, split: str = "test") -> None:
@@ -20,7 +20,7 @@ def main(*, run: Path, split: str = "test") -> None:
 def lines(run: Path, split: str) -> list[str]:
     """The table's lines."""
     steps, loss = stage_losses(run)
-    reports = {r["stage"]: r for r in read_reports(run / "evaluation" / split)}
+    reports = {r.stage: r for r in read_reports(run / "evaluation" / split)}
     out = [
         f"{'stage':<8}{'steps':>7}{'loss':>9}{'accuracy (95% interval)':>28}{'autoregr. steps':>17}{'s/question':>12}"
     ]
@@ -28,11 +28,9 @@ def lines(run: Path, split: str) -> list[str]:
         row = f"{stage:<8}{steps[stage]:>7}{loss[stage]:>9.4f}"
         if stage in reports:
             r = reports[stage]
-            low, high = wilson_interval(r["right"], r["questions"])
-            accuracy = f"{r['right'] / max(1, r['questions']):.1%} ({low:.1%} to {high:.1%})"
-            row += f"{accuracy:>28}{r['autoregressive_steps']:>17.1f}"
-            row += f"{'' if r['seconds'] is None else format(r['seconds'], '.3f'):>12}"
-            row += f"  {r['name']}, N={r['questions']}"
+            low, high = r.interval
+            row += f"{f'{r.accuracy:.1%} ({low:.1%} to {high:.1%})':>28}{r.autoregressive_steps:>17.1f}"
+            row += f"{'' if r.seconds is None else format(r.seconds, '.3f'):>12}  {r.name}, N={r.questions}"
         out.append(row)
     out.append(f"TensorBoard:    tensorboard --logdir {run / 'tensorboard'}")
     exports = [run / "export" / f"stage{s}" for s in sorted(steps) if (run / "export" / f"stage{s}").is_dir()]
@@ -49,12 +47,6 @@ def stage_losses(run: Path) -> tuple[dict[int, int], dict[int, float]]:
         found.setdefault(entry["stage"], []).append(entry["loss"])
     last = {stage: losses[-10:] for stage, losses in found.items()}
     return {s: len(x) for s, x in found.items()}, {s: sum(x) / len(x) for s, x in last.items()}
-
-
-def read_reports(folder: Path) -> list[dict]:
-    """The evaluation's reports; none where it has not been run."""
-    path = folder / "report.json"
-    return json.loads(path.read_text()) if path.is_file() else []
 
 
 if __name__ == "__main__":

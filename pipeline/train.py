@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,19 +23,17 @@ import torch
 
 from data_prep import cli
 from data_prep.errors import UserError
-from data_prep.files import write_atomic
 from pipeline import distributed
 from pipeline.batch import Batch
-from pipeline.build import build_parts, without_frozen
-from pipeline.checkpoint import Checkpoints, RunState
+from pipeline.build import build_parts
 from pipeline.config import DEMO_RECIPE, load_config
 from pipeline.distributed import World, total
-from pipeline.engine import gathered_weights, learning_rate, loss_scale, reset_optimizer, set_hyperparameters
-from pipeline.export import write_export
+from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
+from pipeline.keep import Keeper
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.monitor import Monitor, Progress, Stopwatch, configure_logging, memory_gb
-from pipeline.plan import Plan, config_hash, done_marker, make_plan
+from pipeline.monitor import Monitor, Progress, StepResult, Stopwatch, configure_logging, memory_gb, step_scalars
+from pipeline.plan import Plan, make_plan
 from pipeline.validate import ValidationSet, validate
 from pipeline.watch import STOPPED, StopRequest, exit_with_launcher
 
@@ -77,19 +74,6 @@ def main(
             lease.release()
 
 
-@dataclass
-class StepResult:
-    """A step's numbers, summed over ranks."""
-
-    loss: float
-    grad_norm: float
-    columns: int
-    """Real question and target columns"""
-    stopping: bool
-    """Some rank was asked to stop"""
-    statistics: dict[str, float]
-
-
 def step_seed(seed: int, global_step: int, rank: int) -> int:
     """Seed of a rank's draws in a step, 63 bits."""
     low, high = np.random.SeedSequence([seed, global_step, rank]).generate_state(2)
@@ -102,7 +86,6 @@ class Run:
     def __init__(self, plan: Plan, world: World, lease: Lease) -> None:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
-        self.checkpoints = Checkpoints(self.out)
         self.bad_keys: set[str] = set()
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
         self.device = distributed.start(world)
@@ -112,6 +95,7 @@ class Run:
         if self.plan.stages:
             self.parts = build_parts(self.plan, world, self.device, self.log)
             self.engine = self.parts.engine
+            self.keeper = Keeper(self.plan, self.parts, world, lease, self.log)
 
     def steps_of(self, stage: int) -> StageSteps:
         """The data of a stage."""
@@ -148,7 +132,7 @@ class Run:
             "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %d samples an epoch",
             stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch,
         )  # fmt: skip
-        progress, best = Progress(start, len(steps)), self._best(stage)
+        progress = Progress(start, len(steps))
         self.engine.train()
         batches = steps_from(steps, start, config.data.workers)
         for step in range(start, len(steps)):
@@ -163,14 +147,17 @@ class Run:
                 self._report(stage, done, global_step, lr, result, watch, progress)
             last = done == len(steps)
             if self.val_due(done, last):
-                best = self._validate(stage, done, global_step, best, steps)
+                self._validate(stage, done, global_step, steps)
             due = bool(train.checkpoint_every) and done % train.checkpoint_every == 0
             if last or due or result.stopping:
-                self._save(stage, done, len(steps), before)
+                self.keeper.save(stage, done, len(steps), global_step + 1)
             if result.stopping and not last:
                 self.log.info("stopped on request at stage %d step %d; start again to go on", stage, done)
                 raise SystemExit(STOPPED)
-        self._end_stage(stage, global_step=before + len(steps))
+        self.keeper.end_stage(stage, global_step=before + len(steps))
+        if self.bad_keys or self.dropped_steps or self.overlong:
+            self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
+                          len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
 
     # ---- the update -------------------------------------------------------------------------------------------
     def train_step(self, micro_batches: list[Batch], lr: float, global_step: int, watch: Stopwatch) -> StepResult:
@@ -221,23 +208,15 @@ class Run:
     def _report(
         self, stage: int, done: int, global_step: int, lr: float, r: StepResult, watch: Stopwatch, progress: Progress
     ) -> None:
-        seconds = sum(watch.seconds.values())
-        s, latent_steps = r.statistics, max(1.0, r.statistics["latent_steps"])
+        tokens_per_s = r.columns / sum(watch.seconds.values())
         self.monitor.scalars(
             global_step,
             {
-                "train/loss": r.loss,
-                "train/lr": lr,
-                "train/grad_norm": r.grad_norm,
-                "speed/tokens_per_s": r.columns / seconds,
-                "speed/samples_per_s": self.plan.triangle.global_batch / seconds,
-                **{f"time/{phase}": value for phase, value in watch.seconds.items()},
+                **step_scalars(r, watch, self.plan.triangle.global_batch),
                 **memory_gb(self.device),
+                "train/lr": lr,
                 "curriculum/stage": stage,
                 "curriculum/latents": self.config.curriculum.stages[stage].latents,
-                "latent/norm": s["latent_norm"] / latent_steps,
-                "latent/selection_entropy": s["selection_entropy"] / latent_steps,
-                "latent/coverage": s["coverage"] / max(1.0, s["rows_with_latents"]),
                 "data/bad_samples": len(self.bad_keys),
                 "data/dropped_steps": self.dropped_steps,
                 "data/overlong_rows": self.overlong,
@@ -245,7 +224,7 @@ class Run:
         )
         self.log.info(
             "stage %d step %s, loss %.4f, gradient norm %.2f, lr %.1e, %.0f tokens/s",
-            stage, progress.line(done), r.loss, r.grad_norm, lr, r.columns / seconds,
+            stage, progress.line(done), r.loss, r.grad_norm, lr, tokens_per_s,
         )  # fmt: skip
 
     def val_due(self, done: int, last: bool) -> bool:
@@ -253,84 +232,21 @@ class Run:
         train = self.config.train
         return train.val_samples > 0 and (last or bool(train.validate_every and done % train.validate_every == 0))
 
-    def _validate(self, stage: int, done: int, global_step: int, best: float, steps: StageSteps) -> float:
+    def _validate(self, stage: int, done: int, global_step: int, steps: StageSteps) -> None:
         config, share = self.config, steps.share
         decode = Share(share.rank, share.world, share.global_batch, config.train.val_batch)
-        shown = config.curriculum.stages[stage]
         data = ValidationSet.of(
-            self.parts.indexes["val"],
-            self.parts.builder,
-            shown,
-            config.curriculum.groups,
-            config.train.val_samples,
-            decode,
-        )
+            self.parts.indexes["val"], self.parts.builder, config.curriculum.stages[stage], config.curriculum.groups,
+            config.train.val_samples, decode,
+        )  # fmt: skip
         found = validate(self.engine, data, self.parts.builder, config.eval.max_new_tokens, self.device)
         self.monitor.scalars(global_step, found)
         self.log.info(
             "stage %d step %d: validation loss %.4f, accuracy %.3f of %d, %.1f autoregressive steps", stage, done,
             found["val/loss"], found["val/accuracy"], config.train.val_samples, found["val/autoregressive_steps"],
         )  # fmt: skip
-        if found["val/accuracy"] <= best:
-            return best
-        checkpoint = self._save(stage, done, len(steps), global_step + 1 - done)
-        if self.world.main:
-            best_file = {"checkpoint": checkpoint, "step": done, **found}
-            write_atomic(self.out / f"best-stage{stage}.json", json.dumps(best_file, indent=1) + "\n")
-        return found["val/accuracy"]
-
-    def _best(self, stage: int) -> float:
-        path = self.out / f"best-stage{stage}.json"
-        return json.loads(path.read_text())["val/accuracy"] if path.exists() else -1.0
-
-    def _save(self, stage: int, done: int, length: int, before: int) -> str:
-        """Checkpoint after step `done`; once however often it is asked for."""
-        state = RunState(
-            stage=stage,
-            step=done,
-            stage_steps=length,
-            global_step=before + done,
-            samples=done * self.plan.triangle.global_batch,
-            world=self.world.size,
-            zero_stage=self.plan.ds["zero_optimization"]["stage"],
-            index_hash=self.parts.indexes["train"].index_hash,
-            base_hash=self.parts.base_hash,
-            config_hash=config_hash(self.config),
-        )
-        # rank 0 decides for all: only it holds the lease, and ranks may see a shared disk differently
-        newest = self.checkpoints.newest(stage) if self.world.main else None
-        lost, there = distributed.from_main((self.lease.lost, newest is not None and newest.state == state))
-        if lost:
-            raise UserError(lost)
-        if there:
-            return self.checkpoints.path_of(state).name
-        began = time.monotonic()
-        checkpoint = self.checkpoints.save(self.engine, state, self.world, without_frozen(self.config))
-        if self.world.main:
-            self.checkpoints.prune(self.config.train.keep_checkpoints)
-        self.log.info("checkpoint %s (%.1f s)", checkpoint.path, time.monotonic() - began)
-        return checkpoint.path.name
-
-    def _end_stage(self, stage: int, global_step: int) -> None:
-        """Export and the marker that says a stage is complete."""
-        config = self.config
-        export = config.train.export == "stages" or (
-            config.train.export == "last" and stage == len(config.curriculum.stages) - 1
-        )
-        folder = self.out / "export" / f"stage{stage}"
-        if export:
-            model = self.engine.module
-            weights = gathered_weights(model.backbone.vlm, self.world.main)
-        if self.world.main:
-            if export:
-                write_export(model, weights, self.parts.processor, config, stage, folder, self.parts.base)
-            done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
-            write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
-        distributed.barrier()
-        if self.bad_keys or self.dropped_steps or self.overlong:
-            self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
-                          len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
-        self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
+        if found["val/accuracy"] > self.keeper.best(stage):
+            self.keeper.save(stage, done, len(steps), global_step + 1, found)
 
 
 def entry() -> None:

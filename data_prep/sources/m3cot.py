@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_prep.example import Example
 from data_prep.sources import answer_index, choice_texts, rejecting, text
-from data_prep.sources.parquet import image_bytes, load_tables
-
-if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
+from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
 
 HUB_ID = "LightChen2333/M3CoT"
 FIELDS = ("domain", "topic", "category", "image_id")
 COLUMNS = ("id", "image", "question", "choices", "context", "answer", "rationale", *FIELDS)
 
 
-class M3CoT:
+class M3CoT(ParquetSource):
     """The source; rows are those of the parquet files, the answer is a letter there."""
 
     name = "m3cot"
-
-    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
-        """`folder` is where relative paths of pictures start."""
-        self._tables, self._folder = tables, folder
-
-    def splits(self) -> list[str]:
-        return list(self._tables)
-
-    def rows(self, split: str) -> int:
-        return len(self._tables[split])
 
     def example(self, split: str, row: int) -> Example:
         cells = self._tables[split][row]

@@ -23,6 +23,20 @@ _SPLIT_WORDS = {
 }
 
 
+class ParquetSource:
+    """What sources of parquet tables share; each says how a row becomes an example."""
+
+    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
+        """`folder` is where relative paths of pictures start."""
+        self._tables, self._folder = tables, folder
+
+    def splits(self) -> list[str]:
+        return list(self._tables)
+
+    def rows(self, split: str) -> int:
+        return len(self._tables[split])
+
+
 def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
     """Open the tables of a dataset; pictures stay the bytes that they are.
 

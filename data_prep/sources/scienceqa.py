@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
 from data_prep.sources import SPLITS, Source, answer_index, choice_texts, read_image, rejecting, text
-from data_prep.sources.parquet import image_bytes, load_tables
-
-if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
+from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
 
 HUB_ID = "derek-thomas/ScienceQA"
 FIELDS = ("subject", "grade", "topic", "category", "skill", "task")
@@ -37,20 +34,10 @@ def _example(id: str, split: str, problem: dict[str, Any], image: Any) -> Exampl
     )  # fmt: skip
 
 
-class ScienceQAParquet:
+class ScienceQAParquet(ParquetSource):
     """The source in the parquet layout."""
 
     name = "scienceqa"
-
-    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
-        """`folder` is where relative paths of pictures start."""
-        self._tables, self._folder = tables, folder
-
-    def splits(self) -> list[str]:
-        return list(self._tables)
-
-    def rows(self, split: str) -> int:
-        return len(self._tables[split])
 
     def example(self, split: str, row: int) -> Example:
         id, problem = f"{split}-{row}", self._tables[split][row]

@@ -182,6 +182,14 @@ def test_more_patches_than_the_image_has_are_refused(processor: Qwen2VLProcessor
     build(processor, make_example(image=None), latents=1, num_patches=7)
 
 
+def test_a_context_can_be_shown_for_one_row(processor: Qwen2VLProcessor) -> None:
+    example = make_example(context="A hint", image=picture(56, 56))
+    plain, shown = (RowBuilder(processor, PromptConfig(context=c), 2) for c in (False, True))
+    expected = shown.prompt_row(example, "k", 1, 0).prompt_ids
+    assert plain.prompt_row(example, "k", 1, 0, show_context=True).prompt_ids == expected
+    assert plain.prompt_row(example, "k", 1, 0).prompt_ids != expected
+
+
 def test_prompt_row_is_the_row_without_targets(processor: Qwen2VLProcessor) -> None:
     """Training and inference see the same question."""
     builder, example = RowBuilder(processor, PromptConfig(), 2), make_example()
