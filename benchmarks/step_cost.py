@@ -25,7 +25,8 @@ from data_prep.files import write_atomic
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.attention import ATTENTION_NAME, KeptSegments
-from pipeline.latent.forward import LatentConfig, LatentForward, Trace, concatenate, latent_forward
+from pipeline.latent.forward import LatentConfig, LatentForward, Trace
+from pipeline.latent.schedules import latent_forward
 from pipeline.loss import token_nll
 
 IMAGE, VOCAB = 5, 8000
@@ -121,7 +122,7 @@ def make_batch(latents: int, size: int = 2, text: int = 60, side: int = 10, rest
 def final_sequence(backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> Tensor:
     """Input embeddings of every column of the final sequence, detached, (B,T,D)."""
     with torch.no_grad():
-        return concatenate(latent_forward(backbone, batch, config).embeds)
+        return torch.cat(latent_forward(backbone, batch, config).embeds, dim=1)
 
 
 def ordinary(backbone: Qwen2VL, batch: Batch, config: LatentConfig, sequence: Tensor) -> Trace:

@@ -16,7 +16,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.distributed import World
-from pipeline.engine import build_engine
+from pipeline.engine import Built, build_engine
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 
@@ -57,12 +57,12 @@ def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Log
     base_hash = ""
     if without_frozen(config):
         base_hash = distributed.from_main(prepare.base_hash(base, config.model.revision) if world.main else "")
-    engine = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
-    parts = Parts(engine, processor, builder, indexes, base, base_hash)
+    built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
+    parts = Parts(built.engine, processor, builder, indexes, base, base_hash)
     if plan.start is not None:
         restore(plan.start, parts, Checkpoints(plan.out), config, world)
         log.info("resumed from %s", plan.start.path)
-    log_decisions(plan, engine, device, log)
+    log_decisions(plan, built, device, log)
     return parts
 
 
@@ -94,18 +94,17 @@ def restore(start: Checkpoint, parts: Parts, checkpoints: Checkpoints, config: R
     checkpoints.load(parts.engine, start, world, without_frozen(config))
 
 
-def log_decisions(plan: Plan, engine: Any, device: torch.device, log: logging.Logger) -> None:
+def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.Logger) -> None:
     """What was decided for this start."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    trained, every = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
-    stage, latent = plan.ds["zero_optimization"]["stage"], plan.config.latent
-    # weights and gradients in the model's type, fp32 master weights and two moments
-    width = 2 if plan.config.model.dtype == "bf16" or device.type == "cuda" else 4
-    states = every * width + trained * (width + 12)
-    share = states / (plan.triangle.world if stage == 3 else 1)
+    stage, latent, memory = plan.ds["zero_optimization"]["stage"], plan.config.latent, built.forecast
     log.info("ZeRO-%d on %d ranks (%s)", stage, plan.triangle.world, device.type)
     log.info("batch: %s; loss norm %s", plan.triangle, plan.config.optim.loss_norm)
-    log.info("parameters: %s trained of %s; about %.2f GB a rank for them and the optimizer, before activations",
-             f"{trained:,}", f"{every:,}", share / 1e9)  # fmt: skip
+    log.info("parameters: %s trained of %s", f"{built.size.trained:,}", f"{built.size.parameters:,}")
+    log.info("memory a rank, of %.1f GB: about %.2f GB for parameters and optimizer, at most %.2f GB for activations",
+             memory.available / 1e9, memory.states / 1e9, memory.activations / 1e9)  # fmt: skip
+    if memory.gathered:
+        how = "stay gathered between passes" if built.resident else "are gathered anew by every pass"
+        log.info("parameters %s; a whole copy takes %.2f GB", how, memory.gathered / 1e9)
     log.info("latents: %d patches a step by %s, gradient %s, positions %s",
              latent.num_patches, latent.selection, latent.latent_grad, latent.positions)  # fmt: skip
+    log.info("schedule: %s", built.schedule)

@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Keep the vision tower as it is."""
     checkpointing: bool = True
     """Recompute layers in backward instead of keeping their activations."""
+    schedule: Literal["auto", "segmented", "prepass"] = "auto"
+    """How latent passes are executed, with the same numbers (pipeline/latent/schedules.py); prepass: `detach` only."""
 
 
 class DataConfig(Section):
@@ -246,6 +248,8 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
             yield "model.scratch: vision_size / vision_heads must be a multiple of 4"
     if model.scratch and model.lora:
         yield "model.lora: nothing would train the random base of model.scratch"
+    if model.schedule == "prepass" and config.latent.latent_grad == "bptt":
+        yield "model.schedule prepass needs latent.latent_grad detach: its latent passes keep no graph"
     if train.micro_batch and train.micro_batch > train.global_batch:
         yield f"train.micro_batch {train.micro_batch} is larger than train.global_batch {train.global_batch}"
     if config.data.path is None and config.data.source is None:

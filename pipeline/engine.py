@@ -13,8 +13,12 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from data_prep.errors import UserError
+from pipeline import distributed
 from pipeline.backbones import BACKBONES
 from pipeline.config import OptimConfig, RunConfig, TrainConfig, load_json
+from pipeline.latent.recompute import enable_checkpointing, has_dropout
+from pipeline.latent.schedules import Schedule, choose_schedule
+from pipeline.memory import RESIDENCY, Forecast, ModelSize, available_memory, forecast, residency, stays_resident
 from pipeline.model import LatentModel, add_lora, decay_groups, resolve_dtype
 
 LATENT_TOKEN = "<|latent|>"
@@ -107,6 +111,8 @@ def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden:
         "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+        # settled by the memory forecast, once the model is there
+        **{f"zero_optimization.{name}": 1_000_000_000 for name in RESIDENCY},
         "zero_optimization.offload_optimizer.pin_memory": gpu,
         "zero_optimization.offload_param.pin_memory": gpu,
     }
@@ -132,9 +138,21 @@ def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden:
     return filled
 
 
+@dataclass(frozen=True)
+class Built:
+    """The engine, and what was decided on the way."""
+
+    engine: deepspeed.DeepSpeedEngine
+    schedule: Schedule
+    size: ModelSize
+    forecast: Forecast
+    resident: bool
+    """Whether parameters stay whole between the passes of a step"""
+
+
 def build_engine(
     config: RunConfig, ds: dict[str, Any], base: Path | str, triangle: Triangle, tokenizer: Any, device: torch.device
-) -> deepspeed.DeepSpeedEngine:
+) -> Built:
     """The model of folder or hub id `base` under DeepSpeed; the process group must exist.
 
     ZeRO-3 partitions parameters as they are created, so no rank ever holds the whole model.
@@ -142,9 +160,44 @@ def build_engine(
     model = config.model
     family = BACKBONES[model.backbone]
     dtype = resolve_dtype(model.dtype, device)
+    undecided = [name for name in RESIDENCY if ds["zero_optimization"].get(name) == "auto"]
     ds = fill_auto(ds, triangle, config, family.hidden_size(base, model.revision), dtype is torch.bfloat16)
     # transformers looks this object up while it lives, and partitions what it builds
     hf_config = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+    backbone = family(load_model(config, base, dtype, tokenizer))
+
+    zero, o = ds["zero_optimization"], config.optim
+    size = ModelSize.of(backbone, backbone.decoder.config)
+    memory = forecast(
+        size,
+        zero["stage"],
+        triangle.world,
+        columns=triangle.micro_batch * config.prompt.max_tokens,
+        checkpointing=model.checkpointing,
+        keeps_kv=config.latent.latent_grad == "bptt",
+        available=min(distributed.gather(available_memory(device))),  # ranks must decide alike
+    )
+    zero.update({name: residency(memory.resident, size.parameters)[name] for name in undecided})
+    resident = stays_resident(zero, size.parameters)
+    schedule = choose_schedule(
+        model.schedule,
+        latent_grad=config.latent.latent_grad,
+        checkpointing=model.checkpointing,
+        dropout=has_dropout(backbone.decoder),
+        gathers=triangle.world > 1 and not resident,
+    )
+    module = LatentModel(backbone, config.latent, schedule)
+    groups = decay_groups(module, o.weight_decay, o.decay_vectors)
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
+    engine.hf_config = hf_config
+    return Built(engine, schedule, size, memory, resident)
+
+
+def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenizer: Any) -> Any:
+    """The transformers model as it is trained: latent token, frozen parts, adapters, checkpointing."""
+    model = config.model
+    family = BACKBONES[model.backbone]
     torch.manual_seed(config.train.seed)
     vlm = family.load(base, dtype, model.revision)
     add_latent_token(vlm, tokenizer)
@@ -153,14 +206,8 @@ def build_engine(
     if model.lora:
         vlm = add_lora(vlm, model)
     if model.checkpointing:
-        vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = LatentModel(family(vlm), config.latent)
-    groups = decay_groups(module, config.optim.weight_decay, config.optim.decay_vectors)
-    o = config.optim
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
-    engine.hf_config = hf_config
-    return engine
+        enable_checkpointing(vlm)
+    return vlm
 
 
 def add_latent_token(vlm: Any, tokenizer: Any) -> None:

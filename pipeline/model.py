@@ -12,7 +12,8 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
 from pipeline.latent.decode import Generation, generate
-from pipeline.latent.forward import Backbone, LatentConfig, latent_forward
+from pipeline.latent.forward import Backbone, LatentConfig
+from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 
 
@@ -30,10 +31,10 @@ class LatentModel(nn.Module):
 
     backbone: Backbone
 
-    def __init__(self, backbone: Backbone, latent: LatentConfig) -> None:
-        """backbone: one of `pipeline.backbones`, an nn.Module."""
+    def __init__(self, backbone: Backbone, latent: LatentConfig, schedule: Schedule | None = None) -> None:
+        """backbone: one of `pipeline.backbones`, an nn.Module; schedule: how training runs the passes."""
         super().__init__()
-        self.backbone, self.latent = backbone, latent
+        self.backbone, self.latent, self.schedule = backbone, latent, schedule
 
     def forward(
         self, batch: Batch, answer: AnswerLimits | None = None
@@ -46,7 +47,7 @@ class LatentModel(nn.Module):
         if answer is not None:
             out = self.answer(batch, answer)
             return out.tokens, [out.autoregressive_steps(row) for row in range(len(out.tokens))]
-        trace = latent_forward(self.backbone, batch, self.latent)
+        trace = latent_forward(self.backbone, batch, self.latent, self.schedule)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
         return nll.sum(), trace.statistics(batch)
 

@@ -18,8 +18,8 @@ from pipeline.engine import Triangle, batch_triangle, load_ds_config
 from pipeline.prepare import check_base, check_data, check_made_from, data_folder
 
 FREE = {
-    "name", "model.checkpointing", "data.path", "data.source", "data.options", "data.workers", "data.max_bad",
-    "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
+    "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",
+    "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
     "eval.max_new_tokens",
 }  # fmt: skip

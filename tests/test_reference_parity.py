@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, RowFormat, collate
 from pipeline.latent.decode import generate
-from pipeline.latent.forward import LatentConfig, concatenate, latent_forward
+from pipeline.latent.forward import LatentConfig
+from pipeline.latent.schedules import latent_forward
 from pipeline.latent.select import select_patches
 from pipeline.loss import token_nll
 from pipeline.prompt import check_num_patches
@@ -154,13 +155,13 @@ def test_training_case(name, backbone, record_property):
     batch = collate(rows, fmt, passes)
     replay = Recorded(case, data, batch, left, config)
     backbone.zero_grad()
-    trace = latent_forward(backbone, batch, config, replay)
+    trace = latent_forward(backbone, batch, config, replay=replay)
     full_rows = [i for i, row in enumerate(rows) if row.latents == passes]
     compare_passes(data, trace, batch, replay, full_rows)
     nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
     nll.mean().backward()
 
-    hidden = concatenate(trace.hidden)
+    hidden = torch.cat(trace.hidden, dim=1)
     mask = torch.cat([batch.prompt_mask, *[columns_of(step) for step in trace.steps], batch.target_mask], dim=1)
     logits = backbone.logits(hidden.detach())
     whole = not replay.exhausted and len(full_rows) == len(rows)
@@ -219,8 +220,8 @@ def check_rows_alone(rows, fmt, config, backbone, logits, mask, replay):
         batch = collate([row], fmt, row.latents)
         chosen = iter(replay_of_row(replay, i, row))
         with torch.no_grad():
-            trace = latent_forward(backbone, batch, config, lambda step, s, chosen=chosen: next(chosen))
-            alone = backbone.logits(concatenate(trace.hidden))[0]
+            trace = latent_forward(backbone, batch, config, replay=lambda step, s, chosen=chosen: next(chosen))
+            alone = backbone.logits(torch.cat(trace.hidden, dim=1))[0]
         real = torch.cat([batch.prompt_mask, *map(columns_of, trace.steps), batch.target_mask], dim=1)[0]
         close(logits[i][mask[i]], alone[real], 2e-4, f"row {i} in its batch and alone")
 

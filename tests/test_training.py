@@ -96,6 +96,28 @@ def test_zero3_equals_plain_pytorch_lora(whole_run, data, tmp_path):
     assert sizes < (whole_run / "export" / "stage0" / "model.safetensors").stat().st_size, "frozen weights are stored"
 
 
+@pytest.mark.parametrize("ds", ["zero3", "zero3_lean"])
+@pytest.mark.parametrize("schedule", ["whole layers", "prepass", "segmented"])
+def test_zero3_equals_plain_pytorch_detached(whole_run, data, tmp_path, schedule, ds):
+    """Every schedule of `detach`, whether parameters stay gathered between the passes or not."""
+    settings = {
+        "latent.latent_grad": "detach",
+        "model.schedule": "prepass" if schedule == "prepass" else "auto",
+        "model.checkpointing": str(schedule != "segmented").lower(),
+        "train.val_samples": "0",
+    }
+    if schedule == "segmented":
+        settings["model.schedule"] = "segmented"
+    out = tmp_path / "run"
+    shutil.copytree(whole_run / "base", out / "base")
+    train(out, data, *options_of(settings), ranks=2, ds=ds)
+    log = (out / "logs" / "rank0.log").read_text()
+    assert f"schedule: {'prepass' if schedule == 'prepass' else 'segmented'}" in log
+    assert ("whole layers" in log) == (schedule == "whole layers")
+    assert ("stay gathered" if ds == "zero3" else "gathered anew") in log
+    assert_losses(losses(out), plain_losses(out, data, steps=20, **settings), 1e-5)
+
+
 def lora_settings(run, **more):
     """LoRA on a pretrained folder: the first export of `run`."""
     return {

@@ -10,7 +10,7 @@ Shapes: B rows, H query heads, G key/value heads, D head size, L columns of this
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from pipeline.latent.recompute import LayerTape
 
 ATTENTION_NAME = "latent"
 
@@ -63,14 +66,17 @@ class MergedSegments(KeptSegments):
 
 @dataclass
 class Pass:
-    """What one pass hands to every attention layer: its number, the kept segments, and what to read."""
+    """What one pass hands to every layer: its number, the kept segments, and what to read."""
 
-    index: int
-    kept: KeptSegments
+    index: int = 0
+    kept: KeptSegments | None = None
+    """None: the pass has every column itself"""
     read_columns: int = 0
     """Read the last query row's attention over the first so many columns (the question's); 0 reads nothing."""
     saliency: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
+    tape: LayerTape | None = None
+    """Layers' outputs, recorded or given back; see `pipeline.latent.recompute`."""
 
     def mean_saliency(self) -> Tensor:
         """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""
@@ -121,7 +127,9 @@ def latent_attention(
         )
     assert attention_mask is not None, "a pass comes with its mask"
     layer = cast(int, module.layer_idx)
-    keys, values = latent.kept.extend(latent.index, layer, key, value)
+    keys, values = key, value
+    if latent.kept is not None:
+        keys, values = latent.kept.extend(latent.index, layer, key, value)
     if latent.read_columns and layer not in latent.saliency:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)

@@ -1,17 +1,18 @@
-"""The latent forward: Q, V1, h1, V2, h2, ..., Vn, hn, R, every column through the decoder once.
+"""The latent forward, pass by pass: Q, V1, h1, V2, h2, ..., Vn, hn, R.
 
 Pass p = 0..n-1 ends at the last column so far and yields h_{p+1} (its final hidden state) and s (its attention over the
 question's image columns); V_{p+1} are the input embeddings of the K columns with the largest s.  The last pass runs
-over the remaining steps R.  Paper section 3; numbers equal those of recomputing every prefix.
+over the remaining steps R.  Paper section 3; numbers equal those of recomputing every prefix.  `schedules` says which
+of the passes build the graph for backward.
 
 Shapes: B rows, P question columns, K patches a step, R target columns, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +22,9 @@ from pipeline.batch import Batch
 from pipeline.latent.attention import KeptSegments, Pass, segment_mask
 from pipeline.latent.select import select_patches, selection_entropy
 from pipeline.loss import LabelHead
+
+if TYPE_CHECKING:
+    from pipeline.latent.recompute import LayerTape
 
 
 class LatentConfig(BaseModel):
@@ -157,11 +161,14 @@ class LatentForward:
         config: LatentConfig,
         kept: KeptSegments | None = None,
         replay: Replay | None = None,
+        tape: LayerTape | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> None:
-        self.backbone, self.batch, self.config, self.replay = backbone, batch, config, replay
+        """prompt_embeds: (B,P,D) where they have been computed; tape: records the layers of every pass."""
+        self.backbone, self.batch, self.config, self.replay, self.tape = backbone, batch, config, replay, tape
         self.kept = KeptSegments() if kept is None else kept
         self.passes_run = 0
-        self.prompt_embeds = backbone.embed_prompt(batch)
+        self.prompt_embeds = backbone.embed_prompt(batch) if prompt_embeds is None else prompt_embeds
         positions = batch.prompt_positions
         if config.positions == "sequential":
             positions = (batch.prompt_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
@@ -176,15 +183,21 @@ class LatentForward:
 
         Returns hidden (B,L,D) and, with `read`, s over the question's columns (B,P), else an empty tensor.
         """
-        mask, length, window = self.sequence.mask, embeds.shape[1], self.backbone.sliding_window
+        columns = self.prompt_embeds.shape[1] if read else 0
+        if self.tape is not None:
+            self.tape.start_pass()
+        latent = Pass(self.passes_run, self.kept, columns, tape=self.tape)
+        hidden = self.backbone.decode(embeds, positions, self.masks(embeds.shape[1]), latent)
+        self.passes_run += 1
+        return hidden, latent.mean_saliency() if read else hidden.new_empty(0)
+
+    def masks(self, length: int) -> dict[str, Tensor]:
+        """Masks of the last `length` columns, (B,1,length,T) bool, by kind of layer."""
+        mask, window = self.sequence.mask, self.backbone.sliding_window
         masks = {"full_attention": segment_mask(mask, length)}
         if window is not None:
             masks["sliding_attention"] = segment_mask(mask, length, window)
-        columns = self.prompt_embeds.shape[1] if read else 0
-        latent = Pass(self.passes_run, self.kept, columns)
-        hidden = self.backbone.decode(embeds, positions, masks, latent)
-        self.passes_run += 1
-        return hidden, latent.mean_saliency() if read else hidden.new_empty(0)
+        return masks
 
     def take_step(self, hidden: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor]:
         """The latent step after a pass: V and h as new columns.
@@ -210,33 +223,13 @@ class LatentForward:
         taken = torch.zeros_like(self.candidates, dtype=torch.int64).scatter_add_(1, columns, filled.long()) > 0
         self.candidates = self.candidates & ~taken
 
-        index = columns[..., None].expand(-1, -1, self.prompt_embeds.shape[-1])
-        vision = self.prompt_embeds.gather(1, index) * filled[..., None].to(hidden.dtype)
-        text = hidden.detach() if config.latent_grad == "detach" else hidden
-        text = text * active[:, None].to(hidden.dtype)
         positions = self.sequence.grow(torch.cat([filled, active[:, None]], dim=1))
-        return torch.cat([vision, text[:, None]], dim=1), positions
+        text = hidden.detach() if config.latent_grad == "detach" else hidden
+        return latent_columns(self.prompt_embeds, self.steps[-1], text), positions
 
 
-def latent_forward(backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None = None) -> Trace:
-    """Run question, latent steps and targets; every pass's columns attend to all kept earlier ones."""
-    run = LatentForward(backbone, batch, config, replay=replay)
-    embeds, positions = run.prompt_embeds, run.prompt_positions
-    hidden_by_pass, embeds_by_pass, tips = [], [], []
-    for _ in range(batch.passes):
-        hidden, saliency = run.run_pass(embeds, positions, read=True)
-        hidden_by_pass.append(hidden)
-        embeds_by_pass.append(embeds)
-        tips.append(hidden[:, -1])
-        embeds, positions = run.take_step(hidden[:, -1], saliency)
-    start = embeds.shape[1]
-    embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
-    positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
-    hidden, _ = run.run_pass(embeds, positions, read=False)
-    tips.append(hidden[:, start - 1])
-    return Trace(run.steps, tips, [*hidden_by_pass, hidden], start, [*embeds_by_pass, embeds])
-
-
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Passes' columns as one final sequence (B,T,...)."""
-    return torch.cat(list(parts), dim=1)
+def latent_columns(prompt_embeds: Tensor, step: LatentStep, text: Tensor) -> Tensor:
+    """What a step inserts, (B,K+1,D): its patches' input embeddings, then `text` (B,D), h; zero in masked columns."""
+    index = step.columns[..., None].expand(-1, -1, prompt_embeds.shape[-1])
+    vision = prompt_embeds.gather(1, index) * step.filled[..., None].to(text.dtype)
+    return torch.cat([vision, (text * step.active[:, None].to(text.dtype))[:, None]], dim=1)

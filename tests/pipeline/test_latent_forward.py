@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, collate, masked_row
 from pipeline.latent.attention import ATTENTION_NAME
-from pipeline.latent.forward import LatentConfig, Trace, concatenate, latent_forward
+from pipeline.latent.forward import LatentConfig, Trace
+from pipeline.latent.recompute import enable_checkpointing, has_dropout
+from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 from tests.pipeline.naive import NaiveRow, full_pass
 from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
@@ -42,7 +44,22 @@ AXES = {
     "images": list(IMAGES),
     "num_patches": [2, 5],  # 5: three steps want more than most rows have
     "checkpointing": ["checkpointed", "plain"],
+    "schedule": ["segmented", "prepass", "whole-layers"],
 }
+SCHEDULES = {
+    "segmented": Schedule("segmented"),
+    "prepass": Schedule("prepass"),
+    "whole-layers": Schedule("segmented", whole_layers=True),
+}
+
+
+def possible(case: dict[str, Any]) -> bool:
+    """Without gradient through h every schedule; whole layers are run again by checkpointing."""
+    if case["schedule"] == "segmented":
+        return True
+    return case["latent_grad"] == "detach" and (
+        case["schedule"] == "prepass" or case["checkpointing"] == "checkpointed"
+    )
 
 
 def pairwise(axes: dict[str, list]) -> Iterator[dict[str, Any]]:
@@ -51,7 +68,8 @@ def pairwise(axes: dict[str, list]) -> Iterator[dict[str, Any]]:
     def pairs(combination: tuple) -> set:
         return set(itertools.combinations(zip(axes, combination, strict=True), 2))
 
-    everything = list(itertools.product(*axes.values()))
+    product = itertools.product(*axes.values())
+    everything = [values for values in product if possible(dict(zip(axes, values, strict=True)))]
     random.Random(0).shuffle(everything)  # else ties go to the first values
     missing = set().union(*map(pairs, everything))
     while missing:
@@ -77,23 +95,32 @@ def rows_of(stock: nn.Module, images: str, latents: str, seed: int = 0) -> list[
 @contextmanager
 def checkpointed(backbone: Qwen2VL, enabled: bool) -> Iterator[None]:
     if enabled:
-        backbone.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(backbone.core)
     yield
     backbone.core.gradient_checkpointing_disable()
 
 
-def ours(backbone: Qwen2VL, rows: list[Row], config: LatentConfig, passes: int | None = None) -> tuple[Trace, Tensor]:
+def ours(
+    backbone: Qwen2VL,
+    rows: list[Row],
+    config: LatentConfig,
+    passes: int | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[Trace, Tensor]:
     """The trace of the padded batch, and the NLL of every target token in row-major order."""
     batch = collate(rows, FORMAT, max(row.latents for row in rows) if passes is None else passes)
-    trace = latent_forward(backbone, batch, config)
+    trace = latent_forward(backbone, batch, config, schedule)
     return trace, token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
 
 
 def gradients(vlm: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Gradient of every trained parameter; zero where the loss does not depend on it."""
     trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
+    vlm.zero_grad()
+    loss.backward()
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
+    vlm.zero_grad()
+    return found
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-4) -> None:
@@ -110,9 +137,11 @@ def taken(trace: Trace, rows: list[Row], row: int) -> list[list[int]]:
     return [(step.columns[row][step.filled[row]] - left).tolist() for step in steps]
 
 
-def assert_same(backbone: Qwen2VL, stock: nn.Module, rows: list[Row], config: LatentConfig) -> None:
+def assert_same(
+    backbone: Qwen2VL, stock: nn.Module, rows: list[Row], config: LatentConfig, schedule: Schedule | None = None
+) -> None:
     """The padded batch gives the naive rows' loss, selections and gradients."""
-    trace, nll = ours(backbone, rows, config)
+    trace, nll = ours(backbone, rows, config, schedule=schedule)
     replayed = config.selection == "random"
     naive = []
     for i, row in enumerate(rows):
@@ -133,7 +162,8 @@ def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], case: dict[str
     backbone, stock = models
     options = {name: case[name] for name in ("latent_grad", "positions", "patch_order", "num_patches")}
     with checkpointed(backbone, case["checkpointing"] == "checkpointed"):
-        assert_same(backbone, stock, rows_of(stock, case["images"], case["latents"]), LatentConfig(**options))
+        rows = rows_of(stock, case["images"], case["latents"])
+        assert_same(backbone, stock, rows, LatentConfig(**options), SCHEDULES[case["schedule"]])
 
 
 @pytest.mark.parametrize("patch_order", ["position", "score"])
@@ -143,14 +173,27 @@ def test_controls_equal_the_definition(models: tuple[Qwen2VL, nn.Module], select
     assert_same(*models, rows_of(models[1], "several-per-row", "n-mixed"), config)
 
 
-@pytest.mark.parametrize("latent_grad", ["bptt", "detach"])
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
-def test_sliding_window_equals_the_definition(latent_grad: str, checkpointing: bool) -> None:
+CUT = {"latent_grad": "detach"}
+WAYS = {
+    "bptt plain": ({}, False, "segmented"),
+    "bptt checkpointed": ({}, True, "segmented"),
+    "detach plain": (CUT, False, "segmented"),
+    "detach checkpointed": (CUT, True, "segmented"),
+    "whole-layers checkpointed": (CUT, True, "whole-layers"),
+    "prepass plain": (CUT, False, "prepass"),
+    "prepass checkpointed": (CUT, True, "prepass"),
+}
+"""Options of the latent step, checkpointing, schedule"""
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_sliding_window_equals_the_definition(way: str) -> None:
     backbone, stock = tiny_models(window=6)
     assert backbone.sliding_window == 6
+    options, checkpointing, schedule = WAYS[way]
     with checkpointed(backbone, checkpointing):
-        config = LatentConfig(num_patches=5, latent_grad=latent_grad)
-        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config)
+        config = LatentConfig(num_patches=5, **options)
+        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config, SCHEDULES[schedule])
 
 
 def test_a_question_that_ends_in_its_image(models: tuple[Qwen2VL, nn.Module]) -> None:
@@ -172,15 +215,16 @@ def test_the_definition_has_the_masks_of_transformers(window: int | None) -> Non
     torch.testing.assert_close(full_pass(stock, embeds, positions)[0], own.last_hidden_state[0])
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
-def test_lora_equals_the_definition(checkpointing: bool) -> None:
+@pytest.mark.parametrize("way", list(WAYS))
+def test_lora_equals_the_definition(way: str) -> None:
     backbone, stock = lora_models()
     adapted = {name for name, p in backbone.core.named_parameters() if p.requires_grad}
     assert len(adapted) == 3 * 7 * 2  # layers, projections, A and B
     assert all("language_model" in name for name in adapted)
+    options, checkpointing, schedule = WAYS[way]
     with checkpointed(backbone, checkpointing):
-        config = LatentConfig(num_patches=4)
-        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config)
+        config = LatentConfig(num_patches=4, **options)
+        assert_same(backbone, stock, rows_of(stock, "sizes-differ", "n-mixed"), config, SCHEDULES[schedule])
 
 
 def lora_models() -> tuple[Qwen2VL, nn.Module]:
@@ -197,19 +241,73 @@ def lora_models() -> tuple[Qwen2VL, nn.Module]:
     return Qwen2VL(wrapped[0]), wrapped[1].get_base_model()
 
 
-@pytest.mark.parametrize("latent_grad", ["bptt", "detach"])
-def test_checkpointing_changes_no_bit(models: tuple[Qwen2VL, nn.Module], latent_grad: str) -> None:
+@pytest.mark.parametrize(
+    ("latent_grad", "schedule"), [("bptt", "segmented"), ("detach", "segmented"), ("detach", "prepass")]
+)
+def test_checkpointing_changes_no_bit(models: tuple[Qwen2VL, nn.Module], latent_grad: str, schedule: str) -> None:
+    """Of the same schedule; whole layers sum over columns in another order, and are compared with the definition."""
     backbone, stock = models
-    rows, config = (
-        rows_of(stock, "several-per-row", "n-mixed"),
-        LatentConfig(num_patches=5, latent_grad=latent_grad),
-    )
+    rows = rows_of(stock, "several-per-row", "n-mixed")
+    config = LatentConfig(num_patches=5, latent_grad=latent_grad)
     results = []
     for enabled in (False, True):
         with checkpointed(backbone, enabled):
-            _, nll = ours(backbone, rows, config)
+            _, nll = ours(backbone, rows, config, schedule=SCHEDULES[schedule])
             results.append(gradients(backbone.core, nll.mean()))
     assert all(torch.equal(results[1][name], gradient) for name, gradient in results[0].items())
+
+
+def test_whole_layers_change_no_bit_of_the_loss(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    rows, config = rows_of(stock, "several-per-row", "n-mixed"), LatentConfig(num_patches=5, **CUT)
+    with checkpointed(backbone, True):
+        losses = [ours(backbone, rows, config, schedule=SCHEDULES[s])[1] for s in ("segmented", "whole-layers")]
+    assert torch.equal(*losses)
+
+
+def test_whole_layers_run_once_forward_and_once_backward(models: tuple[Qwen2VL, nn.Module]) -> None:
+    backbone, stock = models
+    rows, config, columns = rows_of(stock, "one-size", "n3"), LatentConfig(num_patches=4, **CUT), []
+    layer = backbone.decoder.layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1]))
+    with checkpointed(backbone, True):
+        _, nll = ours(backbone, rows, config, schedule=SCHEDULES["whole-layers"])
+        forward = list(columns)
+        gradients(backbone.core, nll.mean())
+    handle.remove()
+    total = max(len(row.prompt_ids) for row in rows) + 3 * 5 + max(TARGETS)
+    assert sum(forward) == total and len(forward) == 4
+    assert columns[4:] == [total]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "whole"),
+    [
+        ({}, "segmented", True),
+        ({"latent_grad": "bptt"}, "segmented", False),
+        ({"checkpointing": False}, "segmented", False),
+        ({"checkpointing": False, "gathers": True}, "prepass", False),
+        ({"dropout": True}, "segmented", False),
+        ({"dropout": True, "gathers": True}, "prepass", False),
+        ({"gathers": True}, "segmented", True),
+        ({"wanted": "prepass"}, "prepass", False),
+        ({"wanted": "segmented", "dropout": True, "gathers": True}, "segmented", False),
+    ],
+    ids=str,
+)
+def test_schedule_is_chosen_for_the_run(options: dict[str, Any], name: str, whole: bool) -> None:
+    usual = {"wanted": "auto", "latent_grad": "detach", "checkpointing": True, "dropout": False, "gathers": False}
+    chosen = choose_schedule(**usual | options)
+    assert (chosen.name, chosen.whole_layers) == (name, whole) and chosen.reason
+
+
+def test_dropout_is_seen() -> None:
+    backbone, _ = tiny_models()
+    assert not has_dropout(backbone.decoder)
+    assert has_dropout(get_peft_model(backbone.vlm, LoraConfig(lora_dropout=0.05, target_modules=["q_proj"])))
+    backbone, _ = tiny_models()
+    backbone.decoder.layers[1].self_attn.attention_dropout = 0.1
+    assert has_dropout(backbone.decoder)
 
 
 @pytest.mark.parametrize("selection", ["attention", "random", "uniform", "least", "none"])
@@ -278,7 +376,7 @@ def test_every_column_goes_through_the_decoder_once(models: tuple[Qwen2VL, nn.Mo
     question, targets = max(len(row.prompt_ids) for row in rows), max(TARGETS)
     step = patches + 1
     assert columns == [question, step, step, step + targets]
-    assert concatenate(trace.hidden).shape[1] == sum(columns) == question + latents * step + targets
+    assert torch.cat(trace.hidden, dim=1).shape[1] == sum(columns) == question + latents * step + targets
 
 
 def test_inserted_embeddings_are_the_image_columns_and_h(models: tuple[Qwen2VL, nn.Module]) -> None:

@@ -1,0 +1,127 @@
+"""How a latent step's passes are executed: two schedules with the numbers of the definition.
+
+    segmented   every column through the decoder once, in n+1 passes; with `bptt` and `detach`.  Keys and values of
+                earlier passes stay in the graph.  With `detach`, checkpointing and no dropout, layers are instead run
+                again whole in backward (`recompute`), which keeps no keys and values.
+    prepass     n passes without a graph fix V and h, then one ordinary pass over the whole sequence; `detach` only
+
+Cost in forwards of the whole sequence (a backward is two): an ordinary step 3, with checkpointing 4; segmented the
+same; prepass one more for its question and latent steps.  Parameter gathers under ZeRO-3 with nothing kept between
+passes: segmented n+1 forward and n+1 backward, prepass and whole layers n+1 forward and one backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.latent.attention import MergedSegments, Pass
+from pipeline.latent.forward import Backbone, LatentConfig, LatentForward, Replay, Trace, latent_columns
+from pipeline.latent.recompute import LayerTape
+
+Wanted = Literal["auto", "segmented", "prepass"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule, decided for a run."""
+
+    name: Literal["segmented", "prepass"] = "segmented"
+    whole_layers: bool = False
+    """segmented: run whole layers again in backward instead of keeping keys and values"""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        whole = ", whole layers run again in backward" if self.whole_layers else ""
+        return f"{self.name}{whole} ({self.reason})"
+
+
+def choose_schedule(wanted: Wanted, *, latent_grad: str, checkpointing: bool, dropout: bool, gathers: bool) -> Schedule:
+    """The schedule of a run.
+
+    gathers: whether every pass gathers the parameters anew (ZeRO-3 on several ranks, not kept between passes).
+    `prepass` with `bptt` is refused when the config is read.
+    """
+    if latent_grad == "bptt":
+        return Schedule(reason="bptt has no other")
+    whole = checkpointing and not dropout
+    if wanted == "prepass":
+        return Schedule("prepass", reason="asked for")
+    if wanted == "segmented":
+        return Schedule(whole_layers=whole, reason="asked for")
+    if whole:
+        return Schedule(whole_layers=True, reason="detach with checkpointing: the work and gathers of an ordinary step")
+    if gathers:
+        return Schedule("prepass", reason="every pass gathers the parameters: one backward gathers them once")
+    return Schedule(reason="parameters stay: a prepass would be a forward more")
+
+
+def latent_forward(
+    backbone: Backbone,
+    batch: Batch,
+    config: LatentConfig,
+    schedule: Schedule | None = None,
+    replay: Replay | None = None,
+) -> Trace:
+    """Question, latent steps and targets; `schedule` (segmented without it) changes no number."""
+    schedule = schedule or Schedule()
+    if not torch.is_grad_enabled() or (schedule.name == "segmented" and not schedule.whole_layers):
+        return _segmented(backbone, batch, config, replay)
+    assert config.latent_grad == "detach", "the other schedules cut the graph at h"
+    return _fixed_then_whole(backbone, batch, config, replay, record=schedule.whole_layers)
+
+
+def _segmented(backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None) -> Trace:
+    run = LatentForward(backbone, batch, config, replay=replay)
+    embeds, positions = run.prompt_embeds, run.prompt_positions
+    hidden_by_pass, embeds_by_pass, tips = [], [], []
+    for _ in range(batch.passes):
+        hidden, saliency = run.run_pass(embeds, positions, read=True)
+        hidden_by_pass.append(hidden)
+        embeds_by_pass.append(embeds)
+        tips.append(hidden[:, -1])
+        embeds, positions = run.take_step(hidden[:, -1], saliency)
+    start = embeds.shape[1]
+    embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
+    positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
+    hidden, _ = run.run_pass(embeds, positions, read=False)
+    tips.append(hidden[:, start - 1])
+    return Trace(run.steps, tips, [*hidden_by_pass, hidden], start, [*embeds_by_pass, embeds])
+
+
+def _fixed_then_whole(
+    backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None, record: bool
+) -> Trace:
+    """Passes without a graph fix V and h; one pass over the whole sequence has it.
+
+    record: run the last pass without a graph too, and let the whole pass take over what all passes computed.
+    """
+    prompt, targets = backbone.embed_prompt(batch), backbone.embed_tokens(batch.target_ids)
+    tape = LayerTape() if record else None
+    with torch.no_grad():
+        run = LatentForward(
+            backbone, batch, config, kept=MergedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
+        )
+        embeds, positions = run.prompt_embeds, run.prompt_positions
+        all_positions = [positions]
+        for _ in range(batch.passes):
+            hidden, saliency = run.run_pass(embeds, positions, read=True)
+            embeds, positions = run.take_step(hidden[:, -1], saliency)
+            all_positions.append(positions)
+        all_positions.append(run.sequence.grow(batch.target_mask))
+        if tape is not None:
+            run.run_pass(torch.cat([embeds, targets], dim=1), torch.cat(all_positions[-2:], dim=2), read=False)
+            tape.whole = True
+
+    latents = [latent_columns(prompt, step, step.latent) for step in run.steps]
+    whole = torch.cat([prompt, *latents, targets], dim=1)
+    if not whole.requires_grad:  # a checkpointed layer has a graph only where its input has one
+        whole.requires_grad_()
+    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), Pass(tape=tape))
+    start = whole.shape[1] - targets.shape[1]
+    width = [step.shape[1] for step in latents]
+    ends = [prompt.shape[1] + sum(width[:n]) - 1 for n in range(batch.passes + 1)]
+    return Trace(run.steps, [hidden[:, end] for end in ends], [hidden], start, [prompt, *latents, targets])
