@@ -230,6 +230,7 @@ class LatentForward:
 
 def latent_columns(prompt_embeds: Tensor, step: LatentStep, text: Tensor) -> Tensor:
     """What a step inserts, (B,K+1,D): its patches' input embeddings, then `text` (B,D), h; zero in masked columns."""
-    index = step.columns[..., None].expand(-1, -1, prompt_embeds.shape[-1])
-    vision = prompt_embeds.gather(1, index) * step.filled[..., None].to(text.dtype)
+    # indexed: backward of `gather` would hold the whole prompt
+    rows = torch.arange(len(text), device=text.device)[:, None]
+    vision = prompt_embeds[rows, step.columns] * step.filled[..., None].to(text.dtype)
     return torch.cat([vision, (text * step.active[:, None].to(text.dtype))[:, None]], dim=1)

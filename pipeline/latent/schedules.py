@@ -82,8 +82,8 @@ def _segmented(backbone: Backbone, batch: Batch, config: LatentConfig, replay: R
         hidden, saliency = run.run_pass(embeds, positions, read=True)
         hidden_by_pass.append(hidden)
         embeds_by_pass.append(embeds)
-        tips.append(hidden[:, -1])
-        embeds, positions = run.take_step(hidden[:, -1], saliency)
+        tips.append(hidden[:, -1].clone())  # a view would hold all of hidden until backward
+        embeds, positions = run.take_step(tips[-1], saliency)
     start = embeds.shape[1]
     embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
     positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
@@ -109,7 +109,7 @@ def _fixed_then_whole(
         all_positions = [positions]
         for _ in range(batch.passes):
             hidden, saliency = run.run_pass(embeds, positions, read=True)
-            embeds, positions = run.take_step(hidden[:, -1], saliency)
+            embeds, positions = run.take_step(hidden[:, -1].clone(), saliency)
             all_positions.append(positions)
         all_positions.append(run.sequence.grow(batch.target_mask))
         if tape is not None:
