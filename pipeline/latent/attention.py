@@ -50,17 +50,6 @@ class KeptSegments:
         return [t for segments in self._kept.values() for pair in segments for t in pair]
 
 
-class MergedSegments(KeptSegments):
-    """The same for decoding without gradients, where one tensor a layer is enough."""
-
-    def extend(self, index: int, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self._kept:
-            old_key, old_value = self._kept[layer][0]
-            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
-        self._kept[layer] = [(key, value)]
-        return key, value
-
-
 @dataclass
 class Pass:
     """What one pass hands to every attention layer: its number, the kept segments, and what to read."""
