@@ -33,6 +33,7 @@ $(VENV)/installed: pyproject.toml setup.cfg constraints.txt install.sh
 # Ratios measured side by side in one run, on all cores.
 bench: $(VENV)/installed
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.step_cost
+	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.decode_cost
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,14 +1,15 @@
 """What the benchmarks run: a model of random weights, a batch, and a training step executed in four ways.
 
-    ordinary    the final sequence in one pass through transformers' own attention, as plain fine-tuning would run it
-    segmented   every column once, in n+1 passes; `segmented_bptt` with gradient through h
-    prepass     n passes without a graph, then the final sequence in one
-    naive       every prefix computed again for each latent step, then the final sequence, as the definition says
+ordinary    the final sequence in one pass through transformers' own attention, as plain fine-tuning would run it
+segmented   every column once, in n+1 passes; `segmented_bptt` with gradient through h
+prepass     n passes without a graph, then the final sequence in one
+naive       every prefix computed again for each latent step, then the final sequence, as the definition says
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +21,7 @@ from pipeline.batch import Batch
 from pipeline.latent.attention import ATTENTION_NAME, KeptSegments
 from pipeline.latent.forward import LatentConfig, LatentForward, Trace
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
-from pipeline.latent.schedules import choose_schedule, latent_forward
+from pipeline.latent.schedules import Wanted, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 
 IMAGE, VOCAB = 5, 8000
@@ -83,7 +84,7 @@ def step_loss(name: str, backbone: Qwen2VL, batch: Batch, config: LatentConfig) 
         trace = latent_forward(backbone, batch, config.model_copy(update={"latent_grad": "bptt"}))
     elif name in ("segmented", "prepass"):
         schedule = choose_schedule(
-            name,
+            cast(Wanted, name),
             latent_grad="detach",
             checkpointing=checkpointing,
             dropout=has_dropout(backbone.decoder),

@@ -66,7 +66,7 @@ class Traffic:
 
 
 TRACED = 4
-"""Runs of a step until DeepSpeed knows its order of modules: one that differs from it, one recorded, one by the record"""
+"""Runs until DeepSpeed follows a step: one breaks the order of modules before it, one is recorded, two follow"""
 
 
 def main(*, json_file: Path, latents: int = 3) -> None:

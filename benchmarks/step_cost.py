@@ -32,7 +32,6 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
-from pipeline.latent.attention import KeptSegments
 from pipeline.latent.forward import LatentConfig
 
 VARIANTS = {
@@ -46,7 +45,13 @@ Result = dict[str, dict[str, float]]
 
 
 def main(
-    *, repeats: int = 7, latents: int = 3, patches: int = 32, batch: int = 2, gather: bool = True, json: Path | None = None
+    *,
+    repeats: int = 7,
+    latents: int = 3,
+    patches: int = 32,
+    batch: int = 2,
+    gather: bool = True,
+    json: Path | None = None,
 ) -> None:
     """Print the table; --json FILE writes it.  Hidden 512, 8 layers, 10x10 image columns, 60 + 60 text tokens.
 
@@ -71,9 +76,7 @@ def write_json(path: Path, result: Result) -> None:
     write_atomic(path, json.dumps(result, indent=1) + "\n")
 
 
-def measure(
-    backbone: Qwen2VL, batch: Batch, config: LatentConfig, repeats: int, suffix: str, result: Result
-) -> None:
+def measure(backbone: Qwen2VL, batch: Batch, config: LatentConfig, repeats: int, suffix: str, result: Result) -> None:
     """FLOPs, live bytes and seconds of every step, into `result` under its name + `suffix`."""
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for name in STEPS:
@@ -147,7 +150,12 @@ CPU_ATTENTION = {
 
 def table(result: Result) -> str:
     """Every measure with its ratio to the ordinary step of the same variant."""
-    shown = {"flops": ("GFLOP", 1e9), "live_bytes": ("live MB", 1e6), "gather_bytes": ("gather MB", 1e6), "seconds": ("s", 1)}
+    shown = {
+        "flops": ("GFLOP", 1e9),
+        "live_bytes": ("live MB", 1e6),
+        "gather_bytes": ("gather MB", 1e6),
+        "seconds": ("s", 1),
+    }
     lines = [f"{'step':<26}" + "".join(f"{label:>11}{'ratio':>8}" for label, _ in shown.values())]
     suffixes = [*VARIANTS, "_resident"]
     for suffix in suffixes:

@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from pipeline.evaluate import exports_of, generate_rows
+from pipeline.evaluate import exports_of, generate_rows, read_sampling
 from pipeline.export import load_export
+from pipeline.latent.decode import Decoding
 from pipeline.prompt import LETTERS, Grid, UnusableSample
 from pipeline.score import strict_choice
 
@@ -28,11 +31,17 @@ def main(
     context: str = "",
     latents: int | None = None,
     max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
 ) -> None:
     """Answer one multiple-choice question, and show which patches each latent step took.
 
     --run: a run folder (its last stage answers) or --model: one export; --image: a picture file; --choice: once for
-    each choice, at least twice; --latents: other number of latent steps than trained.
+    each choice, at least twice; --latents: other number of latent steps than trained; --temperature: 0 takes the
+    likeliest token, above it tokens are drawn with --seed, among the --top_k likeliest (0: all) and those with
+    probability --top_p together.
     """
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
@@ -40,6 +49,7 @@ def main(
         raise UserError(f"--latents {latents}: expected 0 or more")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: expected 1 or more")
+    sampling = read_sampling(temperature, top_p, top_k, seed)
     folder = exports_of(run)[-1][1] if run else model
     assert folder is not None
     try:
@@ -58,7 +68,8 @@ def main(
         row = loaded.builder.prompt_row(example, "question", 0, n, show_context=bool(context))
     except UnusableSample as error:
         raise UserError(str(error)) from None
-    out = generate_rows(loaded, [row], n, max_new_tokens)
+    torch.manual_seed(seed)
+    out = generate_rows(loaded, [row], n, Decoding(max_new_tokens, loaded.processor.eos_id, sampling))
     seconds = time.perf_counter() - start
 
     text = loaded.processor.decode(out.tokens[0])

@@ -10,9 +10,10 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data_prep import cli
@@ -22,8 +23,7 @@ from data_prep.files import write_atomic
 from data_prep.index import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
 from pipeline.export import FILE, LoadedModel, load_export
-from pipeline.latent.decode import Generation
-from pipeline.model import AnswerLimits
+from pipeline.latent.decode import Decoding, Generation, Sampling
 from pipeline.prompt import LETTERS, UnusableSample, question_text
 from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
 
@@ -39,14 +39,23 @@ def main(
     timed: int = 16,
     max_new_tokens: int = 512,
     latents: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
     out: Path | None = None,
 ) -> None:
     """Answer the questions of a split and report strict accuracy, autoregressive steps and seconds a question.
 
     --run: a run folder (latent and explicit) or --model: one export; --data: shard folder, the training one without
     it; --limit: so many questions, drawn evenly; --batch: questions decoded at once; --timed: questions answered one
-    by one for the time; --latents: other number of latent steps than trained; --out: folder for predictions and
-    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it.
+    by one for the time; --latents: other number of latent steps than trained; --temperature: 0 takes the likeliest
+    token, above it tokens are drawn, among the --top_k likeliest (0: all) and those with probability --top_p together;
+    --seed: of the draws, each model's anew; --out: folder for predictions and report, RUN/evaluation/SPLIT or
+    EXPORT/evaluation/SPLIT without it.
+
+    Without a temperature, an answer depends neither on --batch nor on the other questions, but for rounding.  With one,
+    all draws come from one generator: the same seed, batch size and limit give the same answers.
     """
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
@@ -56,6 +65,7 @@ def main(
     for name, number in (("latents", latents), ("timed", timed)):
         if number is not None and number < 0:
             raise UserError(f"--{name} {number}: expected 0 or more")
+    sampling = read_sampling(temperature, top_p, top_k, seed)
     folder = run or model
     assert folder is not None
     models = exports_of(run) if run else [("latent", folder)]
@@ -67,9 +77,12 @@ def main(
         if latents is not None and name == "latent":
             name, n = f"latent n={latents}", latents
         index = open_data(loaded, data, split)
-        answers = answer_all(loaded, index, limit, batch, n, max_new_tokens)
-        seconds = seconds_alone(loaded, index, timed, n, max_new_tokens)
-        reports.append(write_answers(name, answers, loaded, out, seconds))
+        decoding = Decoding(max_new_tokens, loaded.processor.eos_id, sampling)
+        answers = answer_all(loaded, index, limit, batch, n, decoding, seed)
+        seconds = seconds_alone(loaded, index, timed, n, decoding)
+        report = write_answers(name, answers, loaded, out, seconds)
+        drawn = f", seed {seed}, batch {batch}" if temperature else ""
+        reports.append(replace(report, decoding=sampling.describe() + drawn))
     write_reports(reports, out)
     print(table(reports))
     print(f"predictions: {out}/*/predictions.jsonl")
@@ -83,6 +96,17 @@ def exports_of(run: Path) -> list[tuple[str, Path]]:
     last = max(found)
     models = [("latent", found[last])] if last else []
     return [("explicit", found[0]), *models] if 0 in found else models
+
+
+def read_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling:
+    """The options of a command.  Raises UserError."""
+    sampling = Sampling(temperature, top_p, top_k)
+    problems = sampling.problems()
+    if not 0 <= seed < 2**63:
+        problems.append(f"--seed {seed}: expected 0 or more, below 2^63")
+    if problems:
+        raise UserError(*problems)
+    return sampling
 
 
 def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
@@ -106,9 +130,16 @@ class Answered:
 
 
 def answer_all(
-    loaded: LoadedModel, index: ShardIndex, limit: int | None, batch: int, latents: int, max_new_tokens: int
+    loaded: LoadedModel,
+    index: ShardIndex,
+    limit: int | None,
+    batch: int,
+    latents: int,
+    decoding: Decoding,
+    seed: int,
 ) -> Iterator[Answered]:
     """Answers in the split's order after `latents` latent steps; a bad sample is yielded with its reason."""
+    torch.manual_seed(seed)  # runs as the first answer is asked for: whatever was drawn before has no part in it
     count = min(limit or len(index), len(index))
     chosen = [i * len(index) // count for i in range(count)]
     for start in tqdm(range(0, count, batch), desc=f"stage {loaded.info.stage}", unit="batch", mininterval=2):
@@ -122,21 +153,19 @@ def answer_all(
                 yield Answered(index.key(i), None, reason=str(error))
         if not rows:
             continue
-        out = generate_rows(loaded, rows, latents, max_new_tokens)
+        out = generate_rows(loaded, rows, latents, decoding)
         for row, example in enumerate(examples):
             text = loaded.processor.decode(out.tokens[row])
             yield Answered(rows[row].key, example, text, out.autoregressive_steps(row))
 
 
-def generate_rows(loaded: LoadedModel, rows: list, latents: int, max_new_tokens: int) -> Generation:
+def generate_rows(loaded: LoadedModel, rows: list, latents: int, decoding: Decoding) -> Generation:
     """Decode the rows as one batch."""
     batch = collate(rows, loaded.processor.row_format, latents).to(loaded.device)
-    return loaded.model.answer(batch, AnswerLimits(max_new_tokens, loaded.processor.eos_id))
+    return loaded.model.answer(batch, decoding)
 
 
-def seconds_alone(
-    loaded: LoadedModel, index: ShardIndex, timed: int, latents: int, max_new_tokens: int
-) -> float | None:
+def seconds_alone(loaded: LoadedModel, index: ShardIndex, timed: int, latents: int, decoding: Decoding) -> float | None:
     """Median seconds of a question answered alone, image and text preparation included."""
     seconds = []
     for i in range(min(timed, len(index))):
@@ -144,7 +173,7 @@ def seconds_alone(
             example = index.read(i)
             start = time.perf_counter()
             row = loaded.builder.prompt_row(example, index.key(i), i, latents)
-            generate_rows(loaded, [row], latents, max_new_tokens)  # ends in host values: nothing is left running
+            generate_rows(loaded, [row], latents, decoding)  # ends in host values: nothing is left running
             seconds.append(time.perf_counter() - start)
         except (BadSample, UnusableSample):
             continue
@@ -211,6 +240,7 @@ def table(reports: list[Report]) -> str:
             f"{r.name:<14}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{seconds:>12}"
         )
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
+        lines += [f"  tokens drawn: {r.decoding}"] if r.decoding != "greedy" else []
     for r in reports:
         for name, groups in r.groups.items():
             if len(groups) == 1:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
-from pipeline.latent.decode import Generation, generate
+from pipeline.latent.decode import Decoding, Generation, generate
 from pipeline.latent.forward import Backbone, LatentConfig
 from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
-
-
-@dataclass(frozen=True)
-class AnswerLimits:
-    """When an answer ends; see `pipeline.latent.decode.generate`."""
-
-    max_new_tokens: int
-    eos_id: int
-    all_finished: Callable[[bool], bool] = bool
 
 
 class LatentModel(nn.Module):
@@ -37,7 +25,7 @@ class LatentModel(nn.Module):
         self.backbone, self.latent, self.schedule = backbone, latent, schedule
 
     def forward(
-        self, batch: Batch, answer: AnswerLimits | None = None
+        self, batch: Batch, answer: Decoding | None = None
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[list[list[int]], list[int]]:
         """(sum of NLL over labelled tokens, monitoring sums).
 
@@ -51,16 +39,9 @@ class LatentModel(nn.Module):
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
         return nll.sum(), trace.statistics(batch)
 
-    def answer(self, batch: Batch, limits: AnswerLimits) -> Generation:
-        """Greedy answers to the batch's questions, with every latent step's patches."""
-        return generate(
-            self.backbone,
-            batch,
-            self.latent,
-            max_new_tokens=limits.max_new_tokens,
-            eos_id=limits.eos_id,
-            all_finished=limits.all_finished,
-        )
+    def answer(self, batch: Batch, decoding: Decoding) -> Generation:
+        """Answers to the batch's questions, with every latent step's patches."""
+        return generate(self.backbone, batch, self.latent, decoding)
 
 
 def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:

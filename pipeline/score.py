@@ -79,6 +79,8 @@ class Report:
     """A question alone, median; none if none was timed"""
     groups: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """field -> value -> (right, questions)"""
+    decoding: str = "greedy"
+    """How tokens were chosen"""
 
     @property
     def accuracy(self) -> float:

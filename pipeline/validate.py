@@ -12,8 +12,8 @@ from data_prep.index import ShardIndex
 from pipeline.batch import Batch, collate
 from pipeline.curriculum import StageConfig
 from pipeline.distributed import total
+from pipeline.latent.decode import Decoding
 from pipeline.loader import Share, training_row
-from pipeline.model import AnswerLimits
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder
 from pipeline.score import strict_choice
@@ -57,18 +57,14 @@ def validate(
     device: torch.device,
 ) -> dict[str, float]:
     """Mean NLL a token, accuracy and mean autoregressive steps over all ranks' rows; all ranks call it together."""
-
-    def all_finished(here: bool) -> bool:
-        return total([0.0 if here else 1.0], device)[0] == 0
-
-    limits = AnswerLimits(max_new_tokens, builder.processor.eos_id, all_finished)
+    decoding = Decoding(max_new_tokens, builder.processor.eos_id, synced=engine.zero_optimization_partition_weights())
     engine.eval()
     nll = labels = right = asked = steps = 0.0
     for batch, examples in zip(data.batches, data.examples, strict=True):
         batch = batch.to(device)
         loss, _ = engine(batch)
         nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
-        tokens, taken = engine(batch, answer=limits)
+        tokens, taken = engine(batch, answer=decoding)
         for row, example in enumerate(examples):
             if example is None:
                 continue

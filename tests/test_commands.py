@@ -42,6 +42,25 @@ def test_evaluate_run(whole_run, data):
     assert code == 0 and "latent, N=24" in out and "tensorboard --logdir" in out, err
 
 
+def test_evaluate_with_sampling(whole_run, data, tmp_path):
+    """One seed gives one set of answers, the timed questions before them or not; another seed, others."""
+    texts = []
+    for seed, timed in ((1, 0), (1, 2), (2, 0)):
+        out = tmp_path / f"{seed}-{timed}"
+        code, printed, err = command(
+            "pipeline.evaluate", "--model", whole_run / "export" / "stage2", "--timed", timed, "--max_new_tokens", 8,
+            "--limit", 6, "--batch", 3, "--latents", 1, "--temperature", 1.5, "--top_p", 0.95, "--seed", seed,
+            "--out", out,
+        )  # fmt: skip
+        assert code == 0, err
+        assert f"tokens drawn: temperature 1.5, top_p 0.95, top_k 0, seed {seed}, batch 3" in printed
+        (report,) = json.loads((out / "report.json").read_text())
+        assert report["decoding"].startswith("temperature 1.5") and report["autoregressive_steps"] <= 9
+        lines = (out / "latent-n=1" / "predictions.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["messages"][1] for line in lines])
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_ask(whole_run, data, tmp_path):
     example = open_split(data, "test").read(0)
     picture = tmp_path / "picture.png"
@@ -62,6 +81,10 @@ def test_ask(whole_run, data, tmp_path):
         ("pipeline.evaluate", ["--run", "{run}", "--split", "tset"], "has no split tset; it has test, train, val"),
         ("pipeline.evaluate", ["--run", "{run}", "--limt", "3"], "unknown option --limt; did you mean --limit?"),
         ("pipeline.evaluate", ["--run", "{run}", "--limit", "0"], "--limit 0: expected 1 or more"),
+        ("pipeline.evaluate", ["--run", "{run}", "--temperature", "1", "--top_p", "1.5"], "--top_p 1.5: expected"),
+        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a", "--temperature", "-1"],
+         "--temperature -1.0: expected 0 (greedy)"),
+        ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a", "--seed", "-1"], "--seed -1: expected"),
         ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a"], "fewer than 2 choices: 1"),
         ("pipeline.ask", ["--run", "{run}", "--question", "Q", "--choice", "a", "--choice", "b", "--image", "/no"],
          "--image /no: No such file or directory"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -53,15 +53,35 @@ class KeptSegments:
         return [t for segments in self._kept.values() for pair in segments for t in pair]
 
 
-class MergedSegments(KeptSegments):
-    """The same for decoding without gradients, where one tensor a layer is enough."""
+class CachedSegments(KeptSegments):
+    """The same without gradients, in a cache of transformers' that `generate` can go on with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # without a config, layers with a window keep all their columns as the others do
+        self.cache = DynamicCache()
 
     def extend(self, index: int, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self._kept:
-            old_key, old_value = self._kept[layer][0]
-            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
-        self._kept[layer] = [(key, value)]
-        return key, value
+        return self.cache.update(key, value, layer)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.cache.layers for t in (layer.keys, layer.values) if t is not None]
+
+    def take_last(self, mask: Tensor) -> Tensor:
+        """Drop each row's last real column, and move its others to the right, behind padding.
+
+        Keys carry their position, so the move changes no score; and a window that counts columns, as transformers'
+        masks do, then counts real ones.  mask (B,T) bool, real columns.  Returns (B,W): the mask of the columns now
+        kept and of the dropped one, which is to come back as the last.
+        """
+        real = mask.sum(1)
+        width = int(real.max())
+        order = mask.long().argsort(dim=1, stable=True)[:, mask.shape[1] - width : -1]
+        for layer in self.cache.layers:
+            assert layer.keys is not None and layer.values is not None
+            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        return torch.arange(width, device=mask.device) >= (width - real)[:, None]
 
 
 @dataclass
@@ -83,12 +103,22 @@ class Pass:
         return torch.stack([self.saliency[layer] for layer in sorted(self.saliency)]).mean(0)
 
 
-def repeat_heads(x: Tensor, query_heads: int) -> Tensor:
-    """(B,G,T,D) -> (B,H,T,D).  Repeated because SDPA with a mask and grouped heads has no fused CUDA kernel."""
-    batch, groups, columns, size = x.shape
-    if groups == query_heads:
-        return x
-    return x[:, :, None].expand(batch, groups, query_heads // groups, columns, size).flatten(1, 2)
+def grouped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float = 0.0, scaling: float | None = None
+) -> Tensor:
+    """SDPA of H query heads on G key/value heads, (B,H,L,D).
+
+    The query heads of a group become more rows on its one key head: a fused kernel on every device, where grouped heads
+    with a mask have none on CUDA, and no copy of keys and values for each query head.
+    """
+    batch, heads, length, size = query.shape
+    groups = keys.shape[1]
+    each = heads // groups
+    rows = query.reshape(batch, groups, each * length, size)
+    out = F.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=mask.repeat(1, 1, each, 1), dropout_p=dropout, scale=scaling
+    )
+    return out.view(batch, heads, length, size)
 
 
 @torch.no_grad()
@@ -133,15 +163,7 @@ def latent_attention(
     if latent.read_columns and layer not in latent.saliency:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
-    heads = query.shape[1]
-    out = F.scaled_dot_product_attention(
-        query,
-        repeat_heads(keys, heads),
-        repeat_heads(values, heads),
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    out = grouped_attention(query, keys, values, attention_mask, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

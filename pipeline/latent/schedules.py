@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from pipeline.batch import Batch
-from pipeline.latent.attention import MergedSegments, Pass
+from pipeline.latent.attention import CachedSegments, Pass
 from pipeline.latent.forward import Backbone, LatentConfig, LatentForward, Replay, Trace, latent_columns
 from pipeline.latent.recompute import LayerTape
 
@@ -103,7 +103,7 @@ def _fixed_then_whole(
     tape = LayerTape() if record else None
     with torch.no_grad():
         run = LatentForward(
-            backbone, batch, config, kept=MergedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
+            backbone, batch, config, kept=CachedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
         )
         embeds, positions = run.prompt_embeds, run.prompt_positions
         all_positions = [positions]

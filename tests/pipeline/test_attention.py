@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.latent.attention import KeptSegments, MergedSegments, last_row_saliency, segment_mask
+from pipeline.latent.attention import KeptSegments, last_row_saliency, segment_mask
 
 
 def pair(first: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -37,14 +37,6 @@ def test_recomputing_a_segment_neither_appends_nor_overwrites() -> None:
     assert numbers(kept.extend(0, 0, *pair(70, 3))[0]) == [70, 71, 72]
     assert numbers(kept.extend(2, 0, *pair(6, 3))[0]) == list(range(9))
     assert len(kept.tensors()) == 6
-
-
-def test_merged_segments_are_one_tensor_a_layer() -> None:
-    kept = MergedSegments()
-    for index, first in enumerate((0, 3, 6)):
-        keys, values = kept.extend(index, 0, *pair(first, 3))
-    assert numbers(keys) == list(range(9)) and numbers(values) == [-n for n in range(9)]
-    assert [t.shape[2] for t in kept.tensors()] == [9, 9]
 
 
 def seen(column_mask: list[int], length: int, window: int | None = None) -> list[list[int]]:
