@@ -88,7 +88,7 @@ def exports_of(run: Path) -> list[tuple[str, Path]]:
 def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
     """The split to answer.  Raises UserError."""
     folder = data or Path(loaded.info.data)
-    if not folder.exists():
+    if data is None and not folder.exists():
         raise UserError(f"the shards {folder} are not here; give --data DIR")
     return open_split(folder, split)
 
