@@ -7,13 +7,15 @@ each, with status 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
 import re
+import signal
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -178,6 +180,27 @@ def _kind(annotation: Any) -> str:
     return {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}[annotation]
 
 
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM that is taken as an interrupt."""
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, so that a command cleans up as it does after an interrupt.
+
+    For commands whose long work is Python's own; foreign code that waits for other ranks would not notice.
+    """
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()) -> None:
     """Run a command: read `argv` (default: the process's), call `main(**options)`, end as a command should.
 
@@ -186,7 +209,8 @@ def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatab
     returns.
 
     Raises:
-        SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt.
+        SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt, 143
+        after `Terminated`.
     """
     argv = sys.argv[1:] if argv is None else argv
     signature = inspect.signature(main, eval_str=True)
@@ -201,9 +225,9 @@ def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatab
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
 
 
 def _program() -> str:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is while it is being written."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 @contextlib.contextmanager
@@ -15,7 +20,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     After an exception `path` is as it was, and the temporary file is gone.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -31,10 +36,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
+def sha256(path: Path, progress: Callable[[int], object] = int) -> str:
+    """Hexadecimal digest of a file; `progress` is told the size of every block that was read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()

@@ -41,6 +41,7 @@ RECORD = np.dtype([
 
 _OPEN_TARS = 64
 _REMAKE = "make the folder again with python -m data_prep.shard"
+_MAKE = "make it with python -m data_prep.shard --source NAME --out {folder} (--help has the sources)"
 
 
 class BadSample(Exception):
@@ -109,9 +110,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            state = "is a file, not a folder" if folder.exists() else "is not there"
+            raise UserError(f"the shard folder {folder} {state}; {_MAKE.format(folder=folder)}") from None
         raise UserError(f"{folder} has no manifest.json, so it is no finished shard folder; {_REMAKE}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {_REMAKE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; {_REMAKE}")

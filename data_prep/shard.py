@@ -7,18 +7,23 @@ manifest comes last.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import io
 import json
 import multiprocessing
+import os
 import re
 import signal
 import tarfile
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +33,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample, image_extension
-from data_prep.files import atomic_path, sha256, write_atomic
+from data_prep.files import atomic_path, sha256, temporary_path, write_atomic
 from data_prep.index import read_manifest, scan_tar, write_index, write_manifest
-from data_prep.sources import SPLITS, Rejected, Source, open_source, source_options
+from data_prep.sources import SPLITS, Input, Rejected, Source, open_source, source_options
 
 TextOnly = Literal["keep", "skip"]
 SplitOrAll = Literal["all", "train", "val", "test"]
@@ -82,15 +87,17 @@ def build(
 
     Args:
         source, input, options: as in `data_prep.sources.open_source`.
-        out: the folder; splits that it already has are kept if they were made with the same settings.
+        out: the folder; splits that it already has are kept, and must have been made with the same settings from
+            the same input. A hub dataset is the same by its name, files are by their content (not by where they
+            lie; pictures in files of their own are not compared).
         split: one of the source's splits, or all of them.
         workers: processes that write; the files do not depend on it.
         samples_per_shard: source rows per tar.
         text_only: whether questions without a picture are kept or skipped.
 
     Raises:
-        UserError: bad options or input, a source without rows, an `out` of other settings, or a split of which
-        nothing could be used.
+        UserError: bad options or input, a source without rows, an `out` that cannot be written or is of other
+        settings or input, a split of which nothing could be used, or a worker that was ended from outside.
     """
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
@@ -100,7 +107,7 @@ def build(
     settings = {
         "source": {
             "name": source,
-            "input": Path(input).name if input and Path(input).exists() else input,
+            "input": _identity(table.input()),
             "options": source_options(source) | {name: str(value) for name, value in (options or {}).items()},
         },
         "samples_per_shard": samples_per_shard,
@@ -109,11 +116,30 @@ def build(
     splits = table.splits() if split == "all" else [split]
     if split != "all" and split not in table.splits():
         raise UserError(f"--split {split}: the source has {', '.join(table.splits())}")
-    finished = _finished_splits(out, settings)
-    written = {name: _build_split(table, out, name, workers, samples_per_shard, text_only) for name in splits}
-    manifest = write_manifest(out, {**settings, "splits": {**finished, **written}})
-    _remove_stale_tars(out, manifest)
+    try:
+        finished = _finished_splits(out, settings)
+        _remove_unfinished(out)
+        written = {name: _build_split(table, out, name, workers, samples_per_shard, text_only) for name in splits}
+        manifest = write_manifest(out, {**settings, "splits": {**finished, **written}})
+        _remove_stale_tars(out, manifest)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error})") from None
     return manifest
+
+
+def _identity(input: Input) -> str | list[dict[str, Any]] | None:
+    """What a manifest says of an input: of files their names, sizes and hashes, so that equal ones give equal bytes."""
+    if not isinstance(input, dict):
+        return input
+    entries = []
+    try:
+        sizes = {name: path.stat().st_size for name, path in sorted(input.items())}
+        with tqdm(total=sum(sizes.values()), desc="input", unit="B", unit_scale=True, delay=1) as progress:
+            for name, size in sizes.items():
+                entries.append({"name": name, "bytes": size, "sha256": sha256(input[name], progress.update)})
+    except OSError as error:
+        raise UserError(f"--input: cannot be read ({error})") from None
+    return entries
 
 
 def _finished_splits(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +151,45 @@ def _finished_splits(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not (out / "manifest.json").exists():
         return {}
     manifest = read_manifest(out)
-    for name, value in settings.items():
-        if manifest[name] != value:
-            raise UserError(f"--out {out} was made with {name} {manifest[name]}, not {value}; choose another folder")
+    if difference := _difference(manifest, settings):
+        raise UserError(f"--out {out} was made {difference}; choose another folder")
     return manifest["splits"]
+
+
+def _difference(made: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """In which way a folder was made other than is wanted now, None if in none."""
+    before, now = made["source"], wanted["source"]
+    options = [f"source option {name}" for name in now["options"]]
+    pairs = [
+        *((name, made[name], wanted[name]) for name in ("samples_per_shard", "text_only")),
+        ("source", before["name"], now["name"]),
+        *zip(options, map(before["options"].get, now["options"]), now["options"].values(), strict=True),
+    ]
+    for name, there, here in pairs:
+        if there != here:
+            return f"with {name} {there}, not {here}"
+    if before["input"] == now["input"]:
+        return None
+    if not isinstance(before["input"], list) or not isinstance(now["input"], list):
+        there, here = ("files" if isinstance(input, list) else input for input in (before["input"], now["input"]))
+        return f"from the input {there}, not {here}"
+    changes = list(_changes(before["input"], now["input"]))
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return f"from another input: {', '.join(changes[:3])}{more}"
+
+
+def _changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
+    """What became of each file of an input that is not as it was."""
+    there, here = ({entry["name"]: entry for entry in entries} for entries in (before, now))
+    for name in sorted(there.keys() | here.keys()):
+        if name not in here:
+            yield f"{name} is missing now"
+        elif name not in there:
+            yield f"{name} is new"
+        elif there[name]["bytes"] != here[name]["bytes"]:
+            yield f"{name} has {here[name]['bytes']} bytes now, not {there[name]['bytes']}"
+        elif there[name] != here[name]:
+            yield f"{name} has other content now"
 
 
 def _build_split(
@@ -142,8 +203,12 @@ def _build_split(
         for number, start in enumerate(starts)
     ]
     results = []
-    with tqdm(total=rows, desc=split, unit=" rows") as progress:
-        for shard, result in zip(shards, _write_all(table, shards, workers), strict=True):
+    # Closed also where an interrupt comes between two results: the workers are not to wait for the traceback's end.
+    with (
+        contextlib.closing(_write_all(table, shards, workers)) as writing,
+        tqdm(total=rows, desc=split, unit=" rows") as progress,
+    ):
+        for shard, result in zip(shards, writing, strict=True):
             results.append(result)
             progress.update(len(shard.rows))
 
@@ -172,24 +237,45 @@ def _build_split(
     }
 
 
-def _write_all(table: Source, shards: list[Shard], workers: int) -> Iterator[Written]:
+def _write_all(table: Source, shards: list[Shard], workers: int) -> Generator[Written, None, None]:
     """Write the shards, in this process or in `workers` others; results come in the shards' order."""
     if workers == 1:
         yield from map(functools.partial(write_shard, table), shards)
         return
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(table,)) as pool:
+    # Nothing is sent. Only this process holds the second end, so its death, too, tells the workers to end.
+    told, end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(table, told))
+    try:
         yield from pool.map(_write_in_worker, shards)
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was ended from outside, by a signal or for want of memory;"
+            " start the same command again, with fewer --workers if memory is short"
+        ) from None
+    finally:
+        end.close()
+        pool.shutdown(cancel_futures=True)
+        told.close()
+        for shard in shards:  # what workers were writing as they ended
+            temporary_path(shard.folder / shard.name).unlink(missing_ok=True)
 
 
 _worker_table: Source
 
 
-def _start_worker(table: Source) -> None:
+def _start_worker(table: Source, told: Connection) -> None:
     global _worker_table
     _worker_table = table
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which then ends the pool
+    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
+
+
+def _end_when_told(told: Connection) -> None:
+    told.poll(None)  # until the other end is closed
+    os._exit(1)
 
 
 def _write_in_worker(shard: Shard) -> Written:
@@ -247,6 +333,13 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
+def _remove_unfinished(out: Path) -> None:
+    """What a killed run was writing; `out` is for one run at a time."""
+    for path in out.iterdir():
+        if re.fullmatch(rf"({'|'.join(SPLITS)})(-[0-9]{{6}}\.tar|\.index\.npy|\.rejects\.jsonl)\.tmp", path.name):
+            path.unlink()
+
+
 def _remove_stale_tars(out: Path, manifest: dict[str, Any]) -> None:
     """A reader that takes SPLIT-*.tar must not find the tars of an earlier, longer run."""
     current = {shard["name"] for part in manifest["splits"].values() for shard in part["shards"]}
@@ -293,10 +386,11 @@ def main(
     own = [name for name in inspect.signature(main).parameters if name != "options"]
     if problems := cli.unknown_options(options, [*own, *source_options(source)]):
         raise UserError(*problems)
-    manifest = build(
-        source, out, input=input, options=options, split=split,
-        workers=workers, samples_per_shard=samples_per_shard, text_only=text_only,
-    )  # fmt: skip
+    with cli.terminated_as_interrupted():
+        manifest = build(
+            source, out, input=input, options=options, split=split,
+            workers=workers, samples_per_shard=samples_per_shard, text_only=text_only,
+        )  # fmt: skip
     for line in summary(out, manifest):
         print(line)
 

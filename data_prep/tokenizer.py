@@ -91,7 +91,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             num_threads=1,  # the same pieces on every machine
             minloglevel=2,
         )  # fmt: skip
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # ValueError: a number that is none to SentencePiece
         reason = str(error).rpartition("] ")[2] or "there is no text"
         raise UserError(f"SentencePiece cannot learn {vocab_size} pieces from these texts: {reason}") from error
     return model.getvalue()
@@ -138,6 +138,8 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int) -> PreTrai
     Raises:
         UserError: no text, a `vocab_size` too small, or an `out` that cannot be written.
     """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise UserError(f"--vocab_size {vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
     model = train_sentencepiece(texts, vocab_size - len(SPECIAL_TOKENS))
     tokenizer = wrap(model)
     try:

@@ -112,7 +112,7 @@ def read_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sa
 def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
     """The split to answer.  Raises UserError."""
     folder = data or Path(loaded.info.data)
-    if not folder.exists():
+    if data is None and not folder.exists():
         raise UserError(f"the shards {folder} are not here; give --data DIR")
     return open_split(folder, split)
 

@@ -91,16 +91,39 @@ def check_num_patches(image_columns: int, num_patches: int) -> None:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decoded RGB image, turned as its EXIF says.  Raises UnusableSample for bytes that are not one."""
+    """Decoded RGB image, turned as its EXIF says, on white where it is transparent.
+
+    Raises UnusableSample for bytes that are not one.
+    """
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise UnusableSample(f"image of {image.width} x {image.height} pixels")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _to_rgb(ImageOps.exif_transpose(image))
     except UnusableSample:
         raise
     except Exception as error:  # PIL's decoders raise whatever a broken file makes them raise
         raise UnusableSample(f"image cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """What a viewer shows.  PIL's own conversion cuts deep grey values off at 255 and ignores transparency."""
+    if image.mode.startswith(("I", "F")):
+        image = _to_eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey as 8-bit grey: integers count to 65535, floats to the first of 1, 255 and 65535 that holds them all."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    fits = [white for white in (1, 255) if values.max() <= white] if image.mode == "F" else []
+    grey = np.rint(np.clip(values / (fits or [65535])[0], 0, 1) * 255).astype(np.uint8)
+    if "transparency" in image.info:  # the one value that stands for "nothing here"
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 class RowBuilder:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from data_prep.errors import UserError
 from data_prep.index import open_split
+from pipeline.evaluate import open_data
 from pipeline.export import ExportInfo, load_export
 from tests import launch
 
@@ -23,6 +26,14 @@ def command(module, *options):
         cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
+
+
+def test_evaluate_without_shards(tmp_path):
+    with pytest.raises(UserError, match="none is not there; make it with python -m data_prep.shard"):
+        open_data(None, tmp_path / "none", "test")
+    info = SimpleNamespace(info=SimpleNamespace(data=str(tmp_path / "gone")))
+    with pytest.raises(UserError, match="gone are not here; give --data DIR"):
+        open_data(info, None, "test")
 
 
 def test_evaluate_run(whole_run, data):

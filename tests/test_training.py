@@ -330,7 +330,7 @@ BAD = {
         ["--model.scratch", "none", "--model.path", "/nowhere/model"],
         "model.path /nowhere/model: no such folder",
     ),
-    "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all has no manifest.json"),
+    "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all is not there"),
 }
 
 

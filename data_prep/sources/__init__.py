@@ -16,6 +16,9 @@ from data_prep.example import Example, InvalidExample
 SPLITS = ("train", "val", "test")
 NAMES = ("m3cot", "scienceqa", "jsonl", "trails")
 
+Input = str | dict[str, Path] | None
+"""What a source reads: a hub id, local files by names that do not tell where they lie, or nothing."""
+
 
 class Rejected(Exception):
     """A row that gives no Example."""
@@ -38,6 +41,9 @@ class Source(Protocol):
     """A table of questions."""
 
     name: str
+
+    def input(self) -> Input:
+        """What the rows are read from; pictures in files of their own are not named."""
 
     def splits(self) -> list[str]:
         """Those of train, val and test that the source has, in that order."""

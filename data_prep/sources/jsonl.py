@@ -7,7 +7,8 @@
      "split": "train", "topic": "kitchen"}
 
     id          text or number, unique in its split
-    image       optional: file, relative to the JSON file's folder and inside it; jpg, png, webp, gif or bmp
+    image       optional: file, relative to the JSON file's folder and, links followed, inside it; jpg, png, webp, gif
+                or bmp
     question    text
     choices     two texts or more
     answer      letter ("B") or 0-based index (1)
@@ -27,7 +28,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Rejected, answer_index, choice_texts, read_image, text
+from data_prep.sources import SPLITS, Input, Rejected, answer_index, choice_texts, read_image, text
 
 _KEYS = {"id", "image", "question", "choices", "answer", "rationale", "context", "split"}
 
@@ -40,6 +41,7 @@ class JsonLines:
     def __init__(self, files: dict[str | None, Path]) -> None:
         """`files` by split; None stands for a file whose lines tell their split."""
         self._lines: dict[str, _Lines] = {}
+        self._files = files
         for split, path in files.items():
             self._scan(split, path)
 
@@ -53,6 +55,9 @@ class JsonLines:
                     place.numbers.append(number)
                 start += len(line)
 
+    def input(self) -> Input:
+        return {f"{split or 'input'}.jsonl": path for split, path in self._files.items()}
+
     def splits(self) -> list[str]:
         return [split for split in SPLITS if split in self._lines]
 
@@ -62,9 +67,12 @@ class JsonLines:
     def example(self, split: str, row: int) -> Example:
         lines = self._lines[split]
         id = f"{lines.path.name}:{lines.numbers[row]}"
-        with open(lines.path, "rb") as file:
-            file.seek(lines.starts[row])
-            line = file.readline()
+        try:
+            with open(lines.path, "rb") as file:
+                file.seek(lines.starts[row])
+                line = file.readline()
+        except OSError as error:
+            raise UserError(f"--input {lines.path}: cannot be read any more ({error.strerror})") from None
         try:
             content = _parse(line)
             id = str(text(content.get("id"))) or id
@@ -121,8 +129,11 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
         return None
     if not isinstance(name, str):
         raise InvalidExample("image not a file name")
-    root = os.path.abspath(folder)
-    path = os.path.normpath(os.path.join(root, name))
+    root = os.path.realpath(folder)
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError as error:  # a NUL in the name
+        raise InvalidExample(f"image file cannot be read: {name}, {error}") from error
     if os.path.commonpath([root, path]) != root:
         raise InvalidExample(f"image outside the folder: {name}")
     return read_image(Path(path), name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from data_prep.example import Example
 from data_prep.sources import answer_index, choice_texts, rejecting, text
 from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
@@ -33,4 +31,4 @@ class M3CoT(ParquetSource):
 def open_table(input: str | None) -> M3CoT:
     """Open a hub id or a local folder; see `load_tables` for the errors."""
     input = input or HUB_ID
-    return M3CoT(load_tables(input, COLUMNS), Path(input).expanduser())
+    return M3CoT(load_tables(input, COLUMNS), input)

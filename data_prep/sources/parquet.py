@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from data_prep.sources import SPLITS, read_image
+from data_prep.sources import SPLITS, Input, read_image
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -26,9 +26,14 @@ _SPLIT_WORDS = {
 class ParquetSource:
     """What sources of parquet tables share; each says how a row becomes an example."""
 
-    def __init__(self, tables: dict[str, Dataset], folder: Path) -> None:
-        """`folder` is where relative paths of pictures start."""
-        self._tables, self._folder = tables, folder
+    def __init__(self, tables: dict[str, Dataset], input: str) -> None:
+        """`input` is what the tables are of; as a folder it is also where relative paths of pictures start."""
+        self._tables, self._input, self._folder = tables, input, Path(input).expanduser()
+
+    def input(self) -> Input:
+        if not self._folder.is_dir():
+            return self._input
+        return {file.relative_to(self._folder).as_posix(): file for file in _parquet_files(self._folder)}
 
     def splits(self) -> list[str]:
         return list(self._tables)
@@ -46,8 +51,8 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
         columns: those that each table must have; one of them is `image`.
 
     Returns:
-        Tables by train, val and test, in this order. They are read from the datasets library's own cache
-        (`HF_HOME` moves it), so that nothing is written beside the input.
+        Tables by train, val and test, in this order; a split of local files without rows is left out. They are
+        read from the datasets library's own cache (`HF_HOME` moves it), so that nothing is written beside the input.
 
     Raises:
         UserError: the input cannot be read, columns are missing, or `image` holds no pictures.
@@ -59,15 +64,18 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
         raise UserError(f"--input {input}: neither a folder nor a hub id such as owner/name")
     try:
         if path.is_dir():
-            files = {split: [str(file) for file in found] for split, found in _files_by_split(path).items()}
-            found = datasets.load_dataset("parquet", data_files=files)
+            files = _files_with_rows(path)
+            found = datasets.load_dataset("parquet", data_files=files) if files else {}
         else:
             found = datasets.load_dataset(input)
     except UserError:
         raise
     except Exception as error:  # the library raises errors of many kinds, from the network's to the parquet reader's
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--input {input}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        cause = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and isinstance(error.__cause__, Exception):
+            cause = error.__cause__  # the library's own line says no more than that it failed
+        reason = str(cause).partition("\n")[0]
+        raise UserError(f"--input {input}: cannot be loaded ({type(cause).__name__}: {reason})") from error
 
     tables = {_SPLIT_WORDS[name]: table for name, table in found.items() if name in _SPLIT_WORDS}
     for split, table in tables.items():
@@ -77,15 +85,30 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
             tables[split] = table.cast_column("image", datasets.Image(decode=False))
         except Exception as error:  # of many kinds here too
             raise UserError(f"--input {input}: the column image of the split {split} holds no pictures") from error
-    if not tables:
+    if not tables and not path.is_dir():
         raise UserError(f"--input {input}: no split is called {', '.join(_SPLIT_WORDS)}")
     return {split: tables[split] for split in SPLITS if split in tables}
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+
+
+def _files_with_rows(folder: Path) -> dict[str, list[str]]:
+    """`_files_by_split` without the files that have no rows: the datasets library cannot open such a file."""
+    import pyarrow.parquet
+
+    kept = {
+        split: [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+        for split, files in _files_by_split(folder).items()
+    }
+    return {split: files for split, files in kept.items() if files}
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The parquet files below `folder` by the split that their name, or else their folder's, begins with."""
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*.parquet")):
+    for path in _parquet_files(folder):
         words = [re.split(r"[-_.]", part)[0].lower() for part in path.relative_to(folder).parts[::-1]]
         split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
         if split is None:

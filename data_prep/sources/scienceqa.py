@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Source, answer_index, choice_texts, read_image, rejecting, text
+from data_prep.sources import SPLITS, Input, Source, answer_index, choice_texts, read_image, rejecting, text
 from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
 
 HUB_ID = "derek-thomas/ScienceQA"
@@ -50,8 +50,13 @@ class ScienceQAProblems:
 
     name = "scienceqa"
 
-    def __init__(self, problems: dict[str, dict[str, Any]], ids: dict[str, list[str]], images: Path) -> None:
-        self._problems, self._ids, self._images = problems, ids, images
+    def __init__(
+        self, problems: dict[str, dict[str, Any]], ids: dict[str, list[str]], images: Path, files: dict[str, Path]
+    ) -> None:
+        self._problems, self._ids, self._images, self._files = problems, ids, images, files
+
+    def input(self) -> Input:
+        return self._files
 
     def splits(self) -> list[str]:
         return [split for split in SPLITS if self._ids.get(split)]
@@ -70,8 +75,12 @@ class ScienceQAProblems:
     def _image(self, split: str, id: str, name: Any) -> bytes | None:
         if not isinstance(name, str):
             raise InvalidExample("image not a file name")
+        if not name:
+            return None
+        if id in ("", ".", "..") or "/" in id or "\\" in id:
+            raise InvalidExample(f"id not the name of a folder: {id!r}")
         file = Path(name).name
-        return read_image(self._images / split / id / file, file) if name else None
+        return read_image(self._images / split / id / file, file)
 
 
 def open_table(input: str | None) -> Source:
@@ -84,15 +93,16 @@ def open_table(input: str | None) -> Source:
     problems_file = path / "problems.json" if path.is_dir() else path
     if problems_file.is_file():
         return _open_problems(problems_file)
-    return ScienceQAParquet(load_tables(input or HUB_ID, COLUMNS), path)
+    return ScienceQAParquet(load_tables(input or HUB_ID, COLUMNS), input or HUB_ID)
 
 
 def _open_problems(path: Path) -> ScienceQAProblems:
     problems = _read_json(path)
     if not isinstance(problems, dict) or not all(isinstance(problem, dict) for problem in problems.values()):
         raise UserError(f"--input {path}: expected one JSON object of problems by id")
-    splits_file = path.parent / "pid_splits.json"
+    files, splits_file = {"problems.json": path}, path.parent / "pid_splits.json"
     if splits_file.is_file():
+        files[splits_file.name] = splits_file
         listed = _read_json(splits_file)
         if not isinstance(listed, dict) or not all(isinstance(found, list) for found in listed.values()):
             raise UserError(f"--input {splits_file}: expected one JSON object of lists of ids by split")
@@ -103,7 +113,7 @@ def _open_problems(path: Path) -> ScienceQAProblems:
             ids.setdefault(str(problem.get("split", "train")), []).append(id)
         if strangers := sorted(set(ids) - set(SPLITS)):
             raise UserError(f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}")
-    return ScienceQAProblems(problems, ids, path.parent / "images")
+    return ScienceQAProblems(problems, ids, path.parent / "images", files)
 
 
 def _read_json(path: Path) -> Any:

@@ -59,12 +59,14 @@ class TrailsOptions:
 
     def hop_range(self) -> range:
         """`hops` as numbers."""
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", self.hops)
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", self.hops)
         return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
 
     def deck(self) -> list[str]:
-        """`mix` as `_DECK` kinds in a fixed order; of another length if the shares do not add up to 1."""
+        """`mix` as `_DECK` kinds in a fixed order; of another length if the shares are not parts that add up to 1."""
         shares = {kind: float(share) for kind, _, share in (part.partition(":") for part in self.mix.split(","))}
+        if not all(0 <= share <= 1 for share in shares.values()):
+            return []  # before a list of 1e8 hundreds is made
         return [kind for kind, share in sorted(shares.items()) for _ in range(round(share * _DECK))]
 
     def problems(self) -> list[str]:
@@ -102,6 +104,9 @@ class Trails:
         self.options = options or TrailsOptions()
         if problems := self.options.problems():
             raise UserError(*problems)
+
+    def input(self) -> None:
+        return None
 
     def splits(self) -> list[str]:
         return [split for split in SPLITS if self.rows(split)]

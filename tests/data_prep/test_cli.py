@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +131,24 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
         cli.run(interrupted, [])
     assert caught.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_sigterm(capsys: pytest.CaptureFixture[str]) -> None:
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def terminated() -> None:
+        with cli.terminated_as_interrupted():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                cleaned.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(terminated, [])
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert cleaned and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

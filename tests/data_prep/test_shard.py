@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from data_prep import cli, shard
@@ -113,7 +117,9 @@ def test_rejects(m3cot_folder: Path, tmp_path: Path, workers: int) -> None:
     index = open_split(out, "train")
     assert [index.key(i) for i in range(4)] == ["000000000", "000000003", "000000004", "000000005"]
     assert [index.read(i).image is None for i in range(4)] == [False, True, False, False]
-    assert manifest["source"]["input"] == "m3cot"  # no machine's path
+    names = [file["name"] for file in manifest["source"]["input"]]
+    assert names == [f"data/{split}-00000-of-00001.parquet" for split in ("test", "train", "validation")]
+    assert str(tmp_path) not in (out / "manifest.json").read_text()  # no machine's path
 
 
 def test_text_only_questions_can_be_skipped(scienceqa_folder: Path, tmp_path: Path) -> None:
@@ -160,8 +166,139 @@ def test_one_split_at_a_time(trails: Path, tmp_path: Path) -> None:
 def test_tars_of_a_longer_input_go_away(tmp_path: Path) -> None:
     for count in (5, 3):
         write_parquet(tmp_path / "in" / "test.parquet", [m3cot_row(i) for i in range(count)])
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)  # the longer run was not finished
         build("m3cot", tmp_path / "out", input=str(tmp_path / "in"), samples_per_shard=2)
     assert len(list((tmp_path / "out").glob("*.tar"))) == 2
+
+
+def jsonl_rows(*ids: str, split: str = "train") -> str:
+    row = {"question": "Up?", "choices": ["yes", "no"], "answer": 0, "rationale": "", "split": split}
+    return "".join(json.dumps(row | {"id": id}) + "\n" for id in ids)
+
+
+def build_part(source: str, out: Path, input: Path, split: str = "val") -> dict[str, Any]:
+    return build(source, out, input=str(input), split=split)  # type: ignore[arg-type]
+
+
+def test_splits_of_another_input_are_not_mixed(tmp_path: Path) -> None:
+    for folder, ids in (("a", "xy"), ("same", "xy"), ("b", "xz"), ("c", "xyz")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.jsonl").write_text(jsonl_rows(*ids) + jsonl_rows("v", split="val"))
+    out, one = tmp_path / "out", tmp_path / "one"
+    build_part("jsonl", out, tmp_path / "a" / "own.jsonl", "train")
+    before = contents(out)
+    with pytest.raises(UserError, match=r"made from another input: input\.jsonl has other content now; choose another"):
+        build_part("jsonl", out, tmp_path / "b" / "own.jsonl")
+    with pytest.raises(UserError, match=r"another input: input\.jsonl has \d+ bytes now, not \d+;") as caught:
+        build_part("jsonl", out, tmp_path / "c" / "own.jsonl")
+    assert len(caught.value.lines) == 1
+    assert contents(out) == before
+    (tmp_path / "same" / "own.jsonl").rename(tmp_path / "same" / "renamed.jsonl")
+    build_part("jsonl", out, tmp_path / "same" / "renamed.jsonl")
+    build("jsonl", one, input=str(tmp_path / "a" / "own.jsonl"))
+    assert contents(out) == contents(one)
+
+
+def test_splits_of_other_parquet_files_are_not_mixed(m3cot_folder: Path, tmp_path: Path) -> None:
+    out, copy = tmp_path / "out", tmp_path / "elsewhere" / "copy"
+    build_part("m3cot", out, m3cot_folder, "train")
+    shutil.copytree(m3cot_folder, copy)
+    build_part("m3cot", out, copy)
+    write_parquet(copy / "data" / "validation-00001-of-00002.parquet", [m3cot_row(11)])
+    (copy / "data" / "test-00000-of-00001.parquet").unlink()
+    told = "data/test-00000-of-00001.parquet is missing now, data/validation-00001-of-00002.parquet is new;"
+    with pytest.raises(UserError, match=told):
+        build_part("m3cot", out, copy)
+
+
+def test_many_changed_files_are_one_short_line(m3cot_folder: Path, tmp_path: Path) -> None:
+    build_part("m3cot", tmp_path / "out", m3cot_folder, "train")
+    for number in range(5):
+        write_parquet(m3cot_folder / "data" / f"test-{number}.parquet", [m3cot_row(30 + number)])
+    told = r"input: data/test-0\.parquet is new, data/test-1\.parquet is new, data/test-2\.parquet is new and 2 more;"
+    with pytest.raises(UserError, match=told):
+        build_part("m3cot", tmp_path / "out", m3cot_folder)
+
+
+def test_splits_of_edited_problems_are_not_mixed(scienceqa_folder: Path, tmp_path: Path) -> None:
+    build_part("scienceqa", tmp_path / "out", scienceqa_folder, "train")
+    (scienceqa_folder / "pid_splits.json").write_text(json.dumps({"train": ["1", "2"], "val": ["4", "3"]}))
+    with pytest.raises(UserError, match=r"another input: pid_splits\.json has \d+ bytes now"):
+        build_part("scienceqa", tmp_path / "out", scienceqa_folder)
+    (scienceqa_folder / "pid_splits.json").unlink()
+    with pytest.raises(UserError, match=r"another input: pid_splits\.json is missing now"):
+        build_part("scienceqa", tmp_path / "out", scienceqa_folder)
+
+
+def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").mkdir()
+    with pytest.raises(UserError, match=f"--out {tmp_path}: cannot be written") as caught:
+        build("trails", tmp_path, options=TRAILS)
+    assert len(caught.value.lines) == 1
+    if Path("/sys/kernel").is_dir():
+        with pytest.raises(UserError, match="--out /sys: cannot be written"):
+            build("trails", Path("/sys"), options=TRAILS, workers=2)
+
+
+def test_what_a_killed_run_was_writing_goes_away(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    names = ["train-000007.tar.tmp", "test-000000.tar.tmp", "val.index.npy.tmp", "train.rejects.jsonl.tmp"]
+    for name in [*names, "notes.tmp"]:
+        (tmp_path / "parts" / name).write_text("half")
+    build("trails", tmp_path / "parts", options=TRAILS, split="val")
+    assert [path.name for path in (tmp_path / "parts").glob("*.tmp")] == ["notes.tmp"]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command at work with two workers, which would go on for many minutes."""
+    words = ["--source=trails", "--train=500000", "--samples_per_shard=100000", "--workers=2"]
+    command = [sys.executable, "-m", "data_prep.shard", *words, f"--out={tmp_path / 'out'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "out").glob("*.tar.tmp"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        helpers = psutil.Process(process.pid).children(recursive=True)
+        yield process
+        left = psutil.wait_procs(helpers, timeout=20)[1]
+        for helper in left:
+            helper.kill()
+        process.kill()
+    assert not left
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    helpers = psutil.Process(process.pid).children()
+    return [helper for helper in helpers if any("spawn_main" in word for word in helper.cmdline())]
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Exit status, and what it said beside its progress."""
+    _, said = process.communicate(timeout=30)
+    lines = said.replace("\r", "\n").splitlines()
+    return process.returncode, [line for line in lines if line and "rows/s]" not in line]
+
+
+def test_workers_end_with_a_killed_command(running: subprocess.Popen[str]) -> None:
+    assert len(workers_of(running)) == 2
+    running.kill()  # the fixture waits for the others
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_command_cleans_up(
+    running: subprocess.Popen[str], tmp_path: Path, number: int, status: int
+) -> None:
+    running.send_signal(number)
+    assert end_of(running) == (status, ["error: interrupted"])
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_killed_worker(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    workers_of(running)[0].kill()
+    status, said = end_of(running)
+    assert status == 2 and len(said) == 1
+    assert said[0].startswith("error: a worker process was ended from outside")
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def damage(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
@@ -189,6 +326,8 @@ def rewrite_index(folder: Path) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
         (lambda f: damage(f, "manifest.json", lambda b: b[:-20]), "cannot be read"),
+        (lambda f: damage(f, "manifest.json", lambda b: b"[" * 100_000), "cannot be read"),
+        (shutil.rmtree, "is not there"),
         (
             lambda f: damage(f, "manifest.json", lambda b: b.replace(b'"seed": "0"', b'"seed": "1"')),
             "was changed",

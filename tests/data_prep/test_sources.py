@@ -61,9 +61,32 @@ def test_parquet_mistakes(tmp_path: Path) -> None:
     datasets.Dataset.from_list([m3cot_row(0, image=5)]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="the column image of the split train holds no pictures"):
         open_source("m3cot", str(tmp_path))
+    null_column = datasets.Dataset.from_list([m3cot_row(0, context=None)])
+    null_column.to_parquet(tmp_path / "train.parquet")
+    write_parquet(tmp_path / "val.parquet", [m3cot_row(1)])
+    with pytest.raises(UserError, match=r"cannot be loaded \(TypeError: Couldn't cast array of type string to null\)"):
+        open_source("m3cot", str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="cannot be loaded"):
         open_source("m3cot", str(tmp_path))
+
+
+def write_empty_parquet(path: Path) -> None:
+    import pyarrow.parquet
+
+    write_parquet(path, [m3cot_row(0)])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).slice(0, 0), path)
+
+
+def test_parquet_files_without_rows(tmp_path: Path) -> None:
+    write_empty_parquet(tmp_path / "val.parquet")
+    assert open_source("m3cot", str(tmp_path)).splits() == []
+    write_empty_parquet(tmp_path / "train-0.parquet")
+    write_parquet(tmp_path / "train-1.parquet", [m3cot_row(7)])
+    source = open_source("m3cot", str(tmp_path))
+    assert source.splits() == ["train"]
+    assert source.example("train", 0).id == "topic-7"
+    assert set(source.input() or ()) == {"train-0.parquet", "train-1.parquet", "val.parquet"}
 
 
 PARQUET_ROWS = pytest.mark.parametrize(("name", "row"), [("m3cot", m3cot_row(0)), ("scienceqa", scienceqa_problem())])
@@ -137,6 +160,19 @@ def test_scienceqa_bad_problems(tmp_path: Path, change: dict[str, Any], told: st
     id, found = reason(open_source("scienceqa", str(path)), "train", 0)
     assert id == "7"
     assert found.startswith(told)
+
+
+@pytest.mark.parametrize("id", ["../../../x", "..", ".", "", "a/b", "a\\b"])
+def test_scienceqa_ids_that_lead_out_of_the_images(tmp_path: Path, id: str) -> None:
+    (tmp_path / "in" / "images" / "train").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "in" / "images", tmp_path / "in" / "images" / "train"):
+        (folder / "x").mkdir()
+        (folder / "image.png").write_bytes(picture())
+        (folder / "x" / "image.png").write_bytes(picture())
+    path = tmp_path / "in" / "problems.json"
+    path.write_text(json.dumps({id: scienceqa_problem(image="image.png")}))
+    found = reason(open_source("scienceqa", str(path)), "train", 0)
+    assert found == (id, f"id not the name of a folder: {id!r}")
 
 
 @pytest.mark.parametrize("listed", [["1"], {"train": "12"}, {"train": 5}])
@@ -220,6 +256,29 @@ def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> Non
     assert found[0] == id
     assert found[1].startswith(told)
     assert source.example("train", 2).id == "b"
+
+
+def test_jsonl_links(tmp_path: Path) -> None:
+    """A link is no way out of the folder; the folder itself may be one."""
+    (tmp_path / "secret.png").write_bytes(picture())
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture())
+    (folder / "file.png").symlink_to(tmp_path / "secret.png")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "inside.png").symlink_to("a.png")
+    names = ["file.png", "up/secret.png", "inside.png", "nul\0.png", "\ud800.png"]
+    (folder / "train.jsonl").write_text("".join(jsonl_line(image=name) for name in names))
+    (tmp_path / "link").symlink_to(folder)
+    source = open_source("jsonl", str(tmp_path / "link"))
+    for row in (0, 1):
+        assert reason(source, "train", row)[1] == f"image outside the folder: {names[row]}"
+    assert source.example("train", 2).image == picture()
+    for row in (3, 4):
+        assert reason(source, "train", row)[1].startswith("image file cannot be read")
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="cannot be read any more"):
+        source.example("train", 2)
 
 
 def test_jsonl_missing_ids(tmp_path: Path) -> None:

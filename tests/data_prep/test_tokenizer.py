@@ -104,6 +104,11 @@ def test_vocabulary_sizes(tmp_path: Path) -> None:
         train_tokenizer(trails_texts(), tmp_path / "c", 300)
     with pytest.raises(UserError, match="there is no text"):
         train_tokenizer([], tmp_path / "d", 500)
+    for size in (-5, 0, 7):
+        with pytest.raises(UserError, match=f"--vocab_size {size}: expected more than the 7 special tokens"):
+            train_tokenizer(["a text"], tmp_path / "e", size)
+    with pytest.raises(UserError, match="cannot learn 999999999993 pieces"):
+        train_tokenizer(["a text"], tmp_path / "f", 10**12)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +124,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         ([], "give either --data, a shard folder, or --corpus"),
-        (["--data", "nowhere"], "nowhere has no manifest.json"),
+        (["--data", "nowhere"], "the shard folder nowhere is not there; make it with python -m data_prep.shard"),
+        (["--data", __file__], f"the shard folder {__file__} is a file, not a folder; make it with"),
         (["--corpus", "nowhere"], "--corpus nowhere: cannot be read"),
     ],
 )

@@ -168,5 +168,10 @@ def test_mistakes() -> None:
     with pytest.raises(UserError) as caught:
         Trails(TrailsOptions(grid=5, colours=4, hops="3-2", mix="follow:0.5", seed=-1))
     assert len(caught.value.lines) == 4
+    for mix in ("look:inf", "look:nan", "look:1e8", "look:2,follow:-1", "look:1,follow:-1", "look:0.6,follow:0.5"):
+        with pytest.raises(UserError, match=f"--mix {mix}: expected KIND:SHARE"):
+            Trails(TrailsOptions(mix=mix))
+    with pytest.raises(UserError, match="--hops 1-99999999999999999999: expected 1 or more"):
+        Trails(TrailsOptions(hops="1-99999999999999999999"))
     with pytest.raises(UserError, match="--hops 14 is too many"):
         Trails(TrailsOptions(grid=3, hops="14", mix="follow:1")).example("train", 0)

@@ -206,6 +206,58 @@ def test_images_are_turned_as_their_exif_says() -> None:
     assert image.size == (20, 40)
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+RAMP = np.linspace(0, 1, 256).repeat(4).reshape(32, 32)
+"""Every grey from black to white."""
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "PNG"),
+        ((RAMP * 65535).astype(">u2"), "TIFF"),
+        ((RAMP * 65535).astype(np.int32), "TIFF"),
+        ((RAMP * 65535).astype(np.float32), "TIFF"),
+        ((RAMP * 255).astype(np.float32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+    ],
+    ids=["16 bit", "16 bit big-endian", "32 bit", "float of 16 bit", "float of 8 bit", "float"],
+)
+def test_deep_grey(values: np.ndarray, kind: str) -> None:
+    """Pictures of more than 8 bits keep their greys."""
+    seen = np.asarray(open_image(encoded(Image.fromarray(values), kind)))
+    assert seen.shape == (32, 32, 3)
+    assert np.abs(seen - RAMP[..., None] * 255).max() <= 1
+
+
+def transparent(mode: str) -> bytes:
+    """Black; the left half cannot be seen, of the right half all or, where the mode can say so, half."""
+    alpha = Image.fromarray(np.repeat(np.array([[0, 0, 255, 128]], dtype=np.uint8), 4, axis=0))
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (4, 4))
+        image.putalpha(alpha)
+        return encoded(image)
+    if mode == "P":
+        image = Image.fromarray(np.repeat(np.array([[0, 0, 1, 2]], dtype=np.uint8), 4, axis=0))
+        image.putpalette([0] * 9)
+        return encoded(image, transparency=bytes([0, 255, 128]))
+    values = np.repeat(np.array([[5, 5, 0, 0]], dtype=np.uint16 if mode == "I;16" else np.uint8), 4, axis=0)
+    image = Image.fromarray(values)
+    return encoded(image.convert(mode) if mode == "RGB" else image, transparency=(5, 5, 5) if mode == "RGB" else 5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "I;16"])
+def test_transparent_pixels_are_white(mode: str) -> None:
+    seen = np.asarray(open_image(transparent(mode)))
+    half = 127 if mode in ("RGBA", "LA", "P") else 0
+    assert np.array_equal(seen[0], np.repeat([[255], [255], [0], [half]], 3, axis=1))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
 def test_modes(processor: Qwen2VLProcessor, mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
