@@ -9,7 +9,7 @@ naive       every prefix computed again for each latent step, then the final seq
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,24 +28,55 @@ IMAGE, VOCAB = 5, 8000
 STEPS = ("ordinary", "segmented", "segmented_bptt", "prepass", "naive")
 
 
-def model_config() -> Qwen2VLConfig:
-    """Hidden 512, 8 layers, 8 heads on 4 key/value heads, MLP 1408, vocabulary 8000."""
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "text": {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+                 "num_attention_heads": 8, "num_key_value_heads": 4, "mrope_section": [8, 12, 12]},
+        "vision": {"depth": 2, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 2},
+    },
+    "2b": {
+        "text": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                 "num_attention_heads": 12, "num_key_value_heads": 2, "mrope_section": [16, 24, 24]},
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    },
+    "7b": {
+        "text": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                 "num_attention_heads": 28, "num_key_value_heads": 4, "mrope_section": [16, 24, 24]},
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    },
+}  # fmt: skip
+"""small: minutes on two cores; 2b and 7b: Qwen2-VL's own shapes."""
+
+
+def model_config(shape: str = "small") -> Qwen2VLConfig:
+    """A shape of SHAPES."""
+    text, vision = dict(SHAPES[shape]["text"]), SHAPES[shape]["vision"]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section")}
     return Qwen2VLConfig(
-        text_config={
-            "vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-            "num_attention_heads": 8, "num_key_value_heads": 4,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-        },
-        vision_config={"depth": 2, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 512},
+        text_config=text | {"rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config=vision | {"hidden_size": text["hidden_size"]},
         image_token_id=IMAGE,
-    )  # fmt: skip
+        tie_word_embeddings=shape == "2b",
+    )
 
 
-def make_model(*, lora: bool = False, checkpointing: bool = False, config: Qwen2VLConfig | None = None) -> Qwen2VL:
+def make_model(
+    *,
+    lora: bool = False,
+    checkpointing: bool = False,
+    shape: str = "small",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Qwen2VL:
     """Random weights, no dropout.  lora: rank 64 on every projection of the language model, the rest frozen."""
     torch.manual_seed(0)
-    vlm = Qwen2VLForConditionalGeneration(config or model_config())
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            vlm: Any = Qwen2VLForConditionalGeneration(model_config(shape))
+    finally:
+        torch.set_default_dtype(usual)
     vlm.model.language_model.config._attn_implementation = ATTENTION_NAME
     if lora:
         scope = Qwen2VL.LORA_SCOPE.format(names="q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj")

@@ -12,19 +12,20 @@ Interleaved repeats in one process, median; `_b8`: eight questions at once.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.cases import make_batch, make_model
+from benchmarks.step_cost import write_json
 from data_prep import cli
-from data_prep.files import write_atomic
+from data_prep.errors import UserError
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.decode import Decoding, generate
@@ -40,14 +41,20 @@ def main(
     latents: int = 3,
     patches: int = 32,
     tokens: int = 10,
-    json_file: Path | None = None,
+    text: int = 60,
+    shape: Literal["small", "2b", "7b"] = "small",
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    json: Path | None = None,
 ) -> None:
-    """Print the table; --json_file writes it.  Model and question as in step_cost, batches of 1 and 8."""
-    backbone = make_model().eval()
+    """Print the table; --json FILE writes it.  Model and question as in step_cost, batches of 1 and 8."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    backbone = make_model(shape=shape, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
     stock = stock_model(backbone)
     answers: dict[str, Callable[[], object]] = {}
     for size in (1, 8):
-        batch = make_batch(latents, size)
+        batch = make_batch(latents, size, text=text).to(device)
         config, decoding = LatentConfig(num_patches=patches), Decoding(tokens, NO_EOS)
         answers[f"none_b{size}"] = partial(write, stock, batch, tokens)
         answers[f"latent_b{size}"] = partial(generate, backbone, batch, config, decoding)
@@ -60,20 +67,21 @@ def main(
     for _ in range(repeats):
         for name, answer in answers.items():
             start = time.perf_counter()
-            answer()
+            answer()  # ends in host values: nothing is left running
             seconds[name].append(time.perf_counter() - start)
     result["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
     print(table(result))
-    if json_file:
-        write_atomic(json_file, json.dumps(result, indent=1) + "\n")
+    if json:
+        write_json(json, result)
 
 
 def stock_model(backbone: Qwen2VL) -> Qwen2VLForConditionalGeneration:
     """transformers' own model with the backbone's weights."""
     config = copy.deepcopy(backbone.core.config)
-    stock = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    weight = backbone.decoder.norm.weight
+    stock = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=weight.dtype)
     stock.load_state_dict(backbone.core.state_dict())
-    return stock.eval()
+    return stock.to(weight.device).eval()
 
 
 def write(stock: Qwen2VLForConditionalGeneration, batch: Batch, count: int) -> None:

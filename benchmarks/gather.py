@@ -18,7 +18,7 @@ import torch
 from deepspeed.comm.torch import TorchBackend
 from torch import Tensor, nn
 
-from benchmarks.cases import STEPS, make_batch, make_model, model_config, step_loss
+from benchmarks.cases import STEPS, make_batch, make_model, step_loss
 from data_prep import cli
 from data_prep.files import write_atomic
 from pipeline import distributed
@@ -103,7 +103,7 @@ def make_engine(ds: str, checkpointing: bool, lora: bool) -> deepspeed.DeepSpeed
     micro = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config |= {"zero_optimization": zero, **micro, "gradient_clipping": 1.0, "steps_per_print": 10**9}
     config["bf16"] = {"enabled": False}
-    module = Steps(make_model(lora=lora, checkpointing=checkpointing, config=model_config()))
+    module = Steps(make_model(lora=lora, checkpointing=checkpointing))
     trained = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(trained, lr=1e-6), config=config)
     return engine

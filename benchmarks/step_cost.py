@@ -20,9 +20,12 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,13 +38,54 @@ from pipeline.batch import Batch
 from pipeline.latent.forward import LatentConfig
 
 VARIANTS = {
-    "": {"checkpointing": False, "lora": False},
-    "_ckpt": {"checkpointing": True, "lora": False},
-    "_lora": {"checkpointing": False, "lora": True},
-    "_lora_ckpt": {"checkpointing": True, "lora": True},
+    "plain": {"checkpointing": False, "lora": False},
+    "ckpt": {"checkpointing": True, "lora": False},
+    "lora": {"checkpointing": False, "lora": True},
+    "lora_ckpt": {"checkpointing": True, "lora": True},
 }
-MEASURES = ("flops", "live_bytes", "gather_bytes", "seconds")
+MEASURES = ("flops", "live_bytes", "gather_bytes", "seconds", "peak_bytes")
 Result = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and batch to run steps of."""
+
+    backbone: Qwen2VL
+    batch: Batch
+    config: LatentConfig
+
+    def forward(self, name: str) -> Tensor:
+        self.backbone.zero_grad()
+        return step_loss(name, self.backbone, self.batch, self.config)
+
+    def seconds(self, name: str) -> float:
+        """Of forward, loss and backward."""
+        synchronize()
+        start = time.perf_counter()
+        self.forward(name).backward()
+        synchronize()
+        return time.perf_counter() - start
+
+    def flops(self, name: str) -> int:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            self.forward(name).backward()
+        return counter.get_total_flops()
+
+    def live_bytes(self, name: str) -> int:
+        """Bytes that forward allocates less those it frees: what is held until backward, whoever holds it."""
+        self.backbone.zero_grad()
+        gc.collect()
+        if on_gpu():
+            before = torch.cuda.memory_allocated()
+            loss = self.forward(name)
+            return torch.cuda.memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            loss = self.forward(name)
+        events = recorded.profiler.kineto_results.events()
+        held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        del loss
+        return held
 
 
 def main(
@@ -50,23 +94,42 @@ def main(
     latents: int = 3,
     patches: int = 32,
     batch: int = 2,
+    text: int = 60,
+    rest: int = 60,
+    shape: Literal["small", "2b", "7b"] = "small",
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    variants: str = "plain,ckpt,lora,lora_ckpt",
     gather: bool = True,
     json: Path | None = None,
 ) -> None:
-    """Print the table; --json FILE writes it.  Hidden 512, 8 layers, 10x10 image columns, 60 + 60 text tokens.
+    """Print the table; --json FILE writes it.  10x10 image columns, --text question and --rest target tokens a row.
 
-    --batch: rows; --no-gather leaves out the two-rank run.
+    --batch: rows; --shape: model, see cases.SHAPES; --variants: which of plain, ckpt, lora, lora_ckpt; --gather false
+    leaves out the two-rank run.
     """
-    if repeats < 1 or batch < 1 or latents < 0:
-        raise UserError("--repeats and --batch must be 1 or more, --latents 0 or more")
+    chosen = [name.strip() for name in variants.split(",")]
+    problems = [f"--variants {name}: expected some of {', '.join(VARIANTS)}" for name in chosen if name not in VARIANTS]
+    problems += [
+        f"--{name} must be 1 or more" for name, n in (("repeats", repeats), ("batch", batch), ("rest", rest)) if n < 1
+    ]
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: PyTorch sees no GPU here")
+    if problems:
+        raise UserError(*problems)
     warnings.filterwarnings("ignore", category=FutureWarning)
     result: Result = {measure: {} for measure in MEASURES}
-    rows, config = make_batch(latents, size=batch), LatentConfig(num_patches=patches, latent_grad="detach")
-    for suffix, variant in VARIANTS.items():
-        measure(make_model(**variant), rows, config, repeats, suffix, result)
-    result["kept_bytes"] = {"segmented_bptt": float(kept_bytes(make_model(), rows, config))}
+    rows = make_batch(latents, batch, text=text, rest=rest).to(device)
+    config = LatentConfig(num_patches=patches, latent_grad="detach")
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    for name in chosen:
+        backbone = make_model(**VARIANTS[name], shape=shape, device=device, dtype=kind)
+        measure(Bench(backbone, rows, config), repeats, "" if name == "plain" else f"_{name}", result)
+        result["kept_bytes"] = {"segmented_bptt": float(kept_bytes(backbone, rows, config))}
+        del backbone
     if gather:
         result["gather_bytes"] = gathered()
+    result["columns"] = {"step": float(columns_of(rows, config))}
     print(table(result))
     if json:
         write_json(json, result)
@@ -76,46 +139,44 @@ def write_json(path: Path, result: Result) -> None:
     write_atomic(path, json.dumps(result, indent=1) + "\n")
 
 
-def measure(backbone: Qwen2VL, batch: Batch, config: LatentConfig, repeats: int, suffix: str, result: Result) -> None:
+def on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where one computes."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def measure(bench: Bench, repeats: int, suffix: str, result: Result) -> None:
     """FLOPs, live bytes and seconds of every step, into `result` under its name + `suffix`."""
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for name in STEPS:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            run(name, backbone, batch, config)
-        result["flops"][name + suffix] = counter.get_total_flops()
-        result["live_bytes"][name + suffix] = live_bytes(name, backbone, batch, config)
+        result["flops"][name + suffix] = bench.flops(name)
+        result["live_bytes"][name + suffix] = bench.live_bytes(name)
+        if on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+            bench.seconds(name)
+            result["peak_bytes"][name + suffix] = torch.cuda.max_memory_allocated()
     for _ in range(repeats):
         for name in STEPS:
-            seconds[name].append(run(name, backbone, batch, config))
+            seconds[name].append(bench.seconds(name))
     result["seconds"] |= {name + suffix: statistics.median(values) for name, values in seconds.items()}
 
 
-def run(name: str, backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> float:
-    """Seconds of forward, loss and backward."""
-    backbone.zero_grad()
-    start = time.perf_counter()
-    step_loss(name, backbone, batch, config).backward()
-    return time.perf_counter() - start
-
-
-def live_bytes(name: str, backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> int:
-    """Bytes that forward allocates less those it frees: what is held until backward, whoever holds it."""
-    backbone.zero_grad()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss = step_loss(name, backbone, batch, config)
-    events = recorded.profiler.kineto_results.events()
-    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del loss
-    return held
+def columns_of(batch: Batch, config: LatentConfig) -> int:
+    """Columns of the final sequences of all rows."""
+    question, targets = batch.prompt_ids.shape[1], batch.target_ids.shape[1]
+    return len(batch.latents) * (question + batch.passes * (config.num_patches + 1) + targets)
 
 
 def kept_bytes(backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> int:
     """Bytes of the keys and values that `segmented` keeps for later passes."""
-    columns = batch.prompt_ids.shape[1] + batch.passes * (config.num_patches + 1) + batch.target_ids.shape[1]
     text = backbone.decoder.config
-    heads = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * len(batch.latents) * columns * heads * 4
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    size = next(backbone.decoder.parameters()).element_size()
+    return 2 * text.num_hidden_layers * columns_of(batch, config) * width * size
 
 
 def gathered() -> dict[str, float]:
@@ -150,22 +211,22 @@ CPU_ATTENTION = {
 
 def table(result: Result) -> str:
     """Every measure with its ratio to the ordinary step of the same variant."""
-    shown = {
-        "flops": ("GFLOP", 1e9),
-        "live_bytes": ("live MB", 1e6),
-        "gather_bytes": ("gather MB", 1e6),
-        "seconds": ("s", 1),
-    }
+    units = {"flops": ("GFLOP", 1e9), "live_bytes": ("live MB", 1e6), "gather_bytes": ("gather MB", 1e6)}
+    units |= {"peak_bytes": ("peak MB", 1e6), "seconds": ("s", 1)}
+    shown = {measure: unit for measure, unit in units.items() if result[measure]}
+    names = [*result["flops"]]
+    names += [name for name in result["gather_bytes"] if name not in names and name != "parameters"]
     lines = [f"{'step':<26}" + "".join(f"{label:>11}{'ratio':>8}" for label, _ in shown.values())]
-    suffixes = [*VARIANTS, "_resident"]
-    for suffix in suffixes:
-        for name in STEPS:
-            cells = ""
-            for measure, (_, unit) in shown.items():
-                value, base = (result[measure].get(n + suffix) for n in (name, "ordinary"))
-                cells += f"{value / unit:>11.3f}{value / base:>8.3f}" if value and base else " " * 19
-            lines.append(f"{name + suffix:<26}{cells}")
-    lines.append(f"keys and values kept by segmented: {result['kept_bytes']['segmented_bptt'] / 1e6:.1f} MB")
+    for name in names:
+        base = "ordinary" + name.removeprefix(
+            next(s for s in sorted(STEPS, key=len, reverse=True) if name.startswith(s))
+        )
+        cells = ""
+        for measure, (_, unit) in shown.items():
+            value, ordinary = (result[measure].get(n) for n in (name, base))
+            cells += f"{value / unit:>11.3f}{value / ordinary:>8.3f}" if value and ordinary else " " * 19
+        lines.append(f"{name:<26}{cells}".rstrip())
+    lines.append(f"keys and values kept by segmented_bptt: {result['kept_bytes']['segmented_bptt'] / 1e6:.1f} MB")
     return "\n".join(lines)
 
 
