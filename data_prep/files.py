@@ -1,12 +1,14 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and what reading them takes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def temporary_path(path: Path) -> Path:
@@ -34,6 +36,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole small file (text as UTF-8) through `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Value of a JSON text.  Raises ValueError for whatever is none, nesting beyond Python's depth included."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def sha256(path: Path, progress: Callable[[int], object] = int) -> str:

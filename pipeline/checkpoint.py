@@ -16,12 +16,14 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 
 from data_prep.errors import UserError
-from data_prep.files import sha256, write_atomic
+from data_prep.files import parse_json, sha256, write_atomic
 from pipeline import distributed
+from pipeline.config import load_json
 from pipeline.distributed import World
 
 WRITING = "writing"
@@ -82,7 +84,7 @@ class Checkpoints:
             if not (path / "manifest.json").is_file():
                 continue
             try:
-                found.append(Checkpoint(path, RunState(**json.loads((path / "state.json").read_text()))))
+                found.append(Checkpoint(path, RunState(**parse_json((path / "state.json").read_bytes()))))
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"checkpoint {path}: state.json cannot be read ({error}); remove the folder") from None
         return sorted(found, key=lambda c: (c.state.stage, c.state.step))
@@ -149,7 +151,7 @@ class Checkpoints:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, stage ends and those that validation found best."""
-        protected = {json.loads(best.read_text())["checkpoint"] for best in self.run.glob("best-stage*.json")}
+        protected = {read_best(best)["checkpoint"] for best in self.run.glob("best-stage*.json")}
         inside = [c for c in self.all() if not c.state.stage_done and c.path.name not in protected]
         for checkpoint in inside[:-keep]:
             # without its manifest it is no checkpoint any more, should the removal be cut short
@@ -157,5 +159,17 @@ class Checkpoints:
             shutil.rmtree(checkpoint.path)
 
 
-def _read_manifest(path: Path) -> dict[str, dict]:
-    return json.loads((path / "manifest.json").read_text())
+def read_best(path: Path) -> dict[str, Any]:
+    """What a best-stageS.json says.  Raises UserError for a damaged one."""
+    best = load_json(path, "best checkpoint")
+    if not isinstance(best.get("checkpoint"), str) or not isinstance(best.get("val/accuracy"), float | int):
+        raise UserError(f"{path} is damaged: it names no checkpoint and accuracy; remove it")
+    return best
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Raises UserError for a damaged one."""
+    manifest = load_json(path / "manifest.json", "checkpoint")
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.values()):
+        raise UserError(f"{path / 'manifest.json'} is damaged; remove the folder to use the checkpoint before")
+    return manifest

@@ -6,7 +6,6 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.cli import unknown_options
 from data_prep.errors import UserError
+from data_prep.files import parse_json
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
@@ -215,7 +215,7 @@ def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         known = dict(field_names())
-        raise UserError(*(f"{origin}: {_explain(problem, known)}" for problem in error.errors())) from None
+        raise UserError(*(f"{origin}: {explain(problem, known)}" for problem in error.errors())) from None
     if problems := list(inconsistencies(config)):
         raise UserError(*(f"{origin}: {line}" for line in problems))
     return config
@@ -227,7 +227,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected sections such as `train:`")
@@ -262,7 +262,7 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
 def load_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.  Raises UserError with one line where it cannot be had."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}") from None
     except ValueError as error:
@@ -287,7 +287,8 @@ def _value(text: str, annotation: Any) -> Any:
     return None if text.lower() == "none" else value
 
 
-def _explain(problem: Any, known: Mapping[str, Any]) -> str:
+def explain(problem: Any, known: Iterable[str] = ()) -> str:
+    """One of pydantic's errors in a line: the field's name and what is wrong; `known` names are suggested."""
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, known, n=1)

@@ -15,11 +15,12 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.backbones import BACKBONES
-from pipeline.config import OptimConfig, RunConfig, TrainConfig, load_json
+from pipeline.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, load_json
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule
 from pipeline.memory import RESIDENCY, Forecast, ModelSize, available_memory, forecast, residency, stays_resident
 from pipeline.model import LatentModel, add_lora, decay_groups, resolve_dtype
+from pipeline.prepare import in_a_line
 
 LATENT_TOKEN = "<|latent|>"
 
@@ -199,7 +200,7 @@ def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenize
     model = config.model
     family = BACKBONES[model.backbone]
     torch.manual_seed(config.train.seed)
-    vlm = family.load(base, dtype, model.revision)
+    vlm = load_base(model, base, dtype)
     add_latent_token(vlm, tokenizer)
     if model.freeze_vision:
         family(vlm).vision.requires_grad_(False)
@@ -207,6 +208,21 @@ def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenize
         vlm = add_lora(vlm, model)
     if model.checkpointing:
         enable_checkpointing(vlm)
+    return vlm
+
+
+def load_base(model: ModelConfig, base: Path | str, dtype: torch.dtype) -> Any:
+    """The base model, whole; ranks call it together.  Raises UserError, on every rank, where weights are missing."""
+    problem, vlm = None, None
+    try:
+        vlm = BACKBONES[model.backbone].load(base, dtype, model.revision)
+    except UserError as error:
+        problem = error  # of a load that went to its end: the other ranks are here too
+    except Exception as error:  # the libraries raise whatever a damaged file makes them raise
+        raise UserError(f"the base model {base} cannot be loaded: {in_a_line(error)}") from None
+    for found in distributed.gather(problem):
+        if found is not None:
+            raise found
     return vlm
 
 

@@ -1,13 +1,16 @@
 """Command: answer a split's questions and score them.  `python -m pipeline.evaluate --run DIR | --model EXPORT`
 
 With --run, two models answer: the last stage's with its latent steps, and stage 0's with its written rationale
-(explicit CoT).  They are not matched in training budget: the first was trained for more steps.
+(explicit CoT).  They are not matched in training budget: the first was trained for more steps.  A model is called
+latent where it takes latent steps, whatever its stage, else explicit.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +25,7 @@ from data_prep.example import Example
 from data_prep.files import write_atomic
 from data_prep.index import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
-from pipeline.export import FILE, LoadedModel, load_export
+from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.latent.decode import Decoding, Generation, Sampling
 from pipeline.prompt import LETTERS, UnusableSample, question_text
 from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
@@ -49,10 +52,10 @@ def main(
 
     --run: a run folder (latent and explicit) or --model: one export; --data: shard folder, the training one without
     it; --limit: so many questions, drawn evenly; --batch: questions decoded at once; --timed: questions answered one
-    by one for the time; --latents: other number of latent steps than trained; --temperature: 0 takes the likeliest
-    token, above it tokens are drawn, among the --top_k likeliest (0: all) and those with probability --top_p together;
-    --seed: of the draws, each model's anew; --out: folder for predictions and report, RUN/evaluation/SPLIT or
-    EXPORT/evaluation/SPLIT without it.
+    by one for the time; --latents: other number of latent steps than trained, for the last stage's model;
+    --temperature: 0 takes the likeliest token, above it tokens are drawn, among the --top_k likeliest (0: all) and
+    those with probability --top_p together; --seed: of the draws, each model's anew; --out: folder for predictions and
+    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it.
 
     Without a temperature, an answer depends neither on --batch nor on the other questions, but for rounding.  With one,
     all draws come from one generator: the same seed, batch size and limit give the same answers.
@@ -68,15 +71,16 @@ def main(
     sampling = read_sampling(temperature, top_p, top_k, seed)
     folder = run or model
     assert folder is not None
-    models = exports_of(run) if run else [("latent", folder)]
+    models = exports_of(run) if run else [(kind_of(folder), folder)]
     out = out or folder / "evaluation" / split
     reports = []
     for name, export in models:
         loaded = load_export(export)
         n = loaded.info.latents
-        if latents is not None and name == "latent":
-            name, n = f"latent n={latents}", latents
+        if latents is not None and export == models[-1][1]:
+            name, n = f"{name} n={latents}", latents
         index = open_data(loaded, data, split)
+        make_folders(out, name)
         decoding = Decoding(max_new_tokens, loaded.processor.eos_id, sampling)
         answers = answer_all(loaded, index, limit, batch, n, decoding, seed)
         seconds = seconds_alone(loaded, index, timed, n, decoding)
@@ -89,13 +93,36 @@ def main(
 
 
 def exports_of(run: Path) -> list[tuple[str, Path]]:
-    """(name, folder) of the models of a run to compare.  Raises UserError where it has none."""
-    found = {int(p.name.removeprefix("stage")): p for p in run.glob("export/stage*") if (p / FILE).is_file()}
+    """(name, folder) of the models of a run to compare, the last stage's last.  Raises UserError where it has none."""
+    named = [(re.fullmatch(r"stage(\d+)", p.name), p) for p in run.glob("export/stage*") if (p / FILE).is_file()]
+    found = {int(stage[1]): p for stage, p in named if stage}
     if not found:
         raise UserError(f"{run} has no export: train a stage to its end with train.export set to stages or last")
-    last = max(found)
-    models = [("latent", found[last])] if last else []
-    return [("explicit", found[0]), *models] if 0 in found else models
+    stages = sorted({0, max(found)} & found.keys())
+    kinds = [kind_of(found[stage]) for stage in stages]
+    alike = len(set(kinds)) < len(kinds)
+    names = [f"{kind} stage {stage}" if alike else kind for kind, stage in zip(kinds, stages, strict=True)]
+    return [(name, found[stage]) for name, stage in zip(names, stages, strict=True)]
+
+
+def kind_of(export: Path) -> str:
+    """What a model is called: `latent` where it takes latent steps before its answer, else `explicit`."""
+    return "latent" if ExportInfo.read(export).latents else "explicit"
+
+
+def answers_folder(out: Path, name: str) -> Path:
+    """Where the predictions of the model `name` go."""
+    return out / name.replace(" ", "-")
+
+
+def make_folders(out: Path, name: str) -> None:
+    """Make the folders of report and predictions.  Raises UserError, before the answers and not after them."""
+    for folder in (out, answers_folder(out, name)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --out") from None
 
 
 def read_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling:
@@ -197,9 +224,7 @@ def write_answers(
         lines.append(json.dumps(prediction(example, answer, choice, loaded), ensure_ascii=False) + "\n")
     if not results:
         raise UserError(f"none of the {skipped} samples could be used")
-    folder = out / name.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "predictions.jsonl", "".join(lines))
+    write_atomic(answers_folder(out, name) / "predictions.jsonl", "".join(lines))
     present = breakdown_fields([example.fields for example, _ in results])
     return Report(
         name=name,
@@ -230,14 +255,15 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
 
 def table(reports: list[Report]) -> str:
     """The reports as text: totals, then each breakdown field."""
-    head = f"{'model':<14}{'questions':>10}{'accuracy':>10}{'95% interval':>16}{'steps':>8}{'s/question':>12}"
+    width = max(14, *(len(r.name) + 2 for r in reports))
+    head = f"{'model':<{width}}{'questions':>10}{'accuracy':>10}{'95% interval':>16}{'steps':>8}{'s/question':>12}"
     lines = [head]
     for r in reports:
         low, high = r.interval
         seconds = "" if r.seconds is None else f"{r.seconds:.3f}"
         interval = f"{low:.1%}-{high:.1%}"
         lines.append(
-            f"{r.name:<14}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{seconds:>12}"
+            f"{r.name:<{width}}{r.questions:>10}{r.accuracy:>10.1%}{interval:>16}{r.autoregressive_steps:>8.1f}{seconds:>12}"
         )
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
         lines += [f"  tokens drawn: {r.decoding}"] if r.decoding != "greedy" else []
@@ -248,7 +274,10 @@ def table(reports: list[Report]) -> str:
             parts = [f"{value or '(none)'} {right / total:.1%} of {total}" for value, (right, total) in groups.items()]
             lines.append(f"{r.name} by {name}: " + ", ".join(parts))
     if len(reports) > 1:
-        lines.append("explicit is the stage-0 model: it was trained for fewer steps than the latent one")
+        first, last = reports[0], reports[-1]
+        lines.append(
+            f"{first.name} is the stage-{first.stage} model: it was trained for fewer steps than the {last.name} one"
+        )
     return "\n".join(lines)
 
 

@@ -14,37 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
-from pipeline.config import LoraConfig, RunConfig, load_json
+from pipeline.backbones.weights import incomplete
+from pipeline.config import LoraConfig, RunConfig, explain, load_json
 from pipeline.latent.forward import LatentConfig
 from pipeline.model import LatentModel
-from pipeline.prepare import data_folder
+from pipeline.prepare import base_hash, data_folder, in_a_line
 from pipeline.prompt import PromptConfig, RowBuilder
 
 FORMAT = 1
 FILE = "latent_config.json"
+ADAPTER = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
-class ExportInfo:
+class ExportInfo(BaseModel):
     """What `latent_config.json` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     backbone: str
     latent: LatentConfig
     prompt: PromptConfig
-    latents: int
+    latents: int = Field(ge=0)
     """n: latent steps to take before the answer"""
-    stage: int
-    groups: int
+    stage: int = Field(ge=0)
+    groups: int = Field(ge=1)
     adapter_of: str | None
     """Base model's folder or hub id, where the weights are an adapter"""
     revision: str | None
     """Commit or tag of the base on the hub"""
+    base_hash: str | None = None
+    """Identity of the base's weights (`prepare.base_hash`), where the weights are an adapter"""
     data: str
     """Shard folder it was trained on"""
 
@@ -57,16 +63,21 @@ class ExportInfo:
         if value.pop("format", None) != FORMAT:
             raise UserError(f"{folder / FILE} is not of format {FORMAT}")
         try:
-            latent, prompt = LatentConfig(**value.pop("latent")), PromptConfig(**value.pop("prompt"))
-            info = cls(latent=latent, prompt=prompt, **value)
-            BACKBONES[info.backbone]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / FILE} is damaged: {' '.join(str(error).split())}") from None
-        return info
+            return cls.model_validate(value, strict=True)
+        except ValidationError as error:
+            raise UserError(
+                *(f"{folder / FILE} is damaged: {explain(problem)}" for problem in error.errors())
+            ) from None
+
+    @field_validator("backbone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BACKBONES:
+            raise ValueError(f"expected one of {', '.join(BACKBONES)}")
+        return name
 
     def write(self, folder: Path) -> None:
-        value = {**vars(self), "latent": self.latent.model_dump(), "prompt": self.prompt.model_dump()}
-        (folder / FILE).write_text(json.dumps({"format": FORMAT, **value}, indent=1) + "\n")
+        (folder / FILE).write_text(json.dumps({"format": FORMAT, **self.model_dump()}, indent=1) + "\n")
 
 
 def merge_lora(weights: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
@@ -92,8 +103,12 @@ def write_export(
     stage: int,
     folder: Path,
     base: Path | str,
+    base_hash: str,
 ) -> None:
-    """Write the export of a stage from whole weights (`engine.gathered_weights`); replaces an earlier one."""
+    """Write the export of a stage from whole weights (`engine.gathered_weights`); replaces an earlier one.
+
+    base_hash: of the base's weights, where they are frozen.
+    """
     vlm, lora = model.backbone.vlm, config.model.lora
     writing = folder.with_name(folder.name + ".writing")
     shutil.rmtree(writing, ignore_errors=True)
@@ -102,7 +117,9 @@ def write_export(
     if as_adapter:
         vlm.save_pretrained(writing, state_dict=weights, safe_serialization=True)
     else:
-        model.backbone.core.save_pretrained(writing, state_dict=merge_lora(weights, lora) if lora else weights)
+        core = model.backbone.core
+        core._weight_conversions = None  # what loading under ZeRO-3 keeps there would save `model.` as `model.model.`
+        core.save_pretrained(writing, state_dict=merge_lora(weights, lora) if lora else weights)
     processor.save(writing)
     ExportInfo(
         backbone=config.model.backbone,
@@ -113,6 +130,7 @@ def write_export(
         groups=config.curriculum.groups,
         adapter_of=(str(Path(base).resolve()) if Path(base).is_dir() else str(base)) if as_adapter else None,
         revision=config.model.revision if as_adapter else None,
+        base_hash=base_hash if as_adapter else None,
         data=str(data_folder(config).resolve()),
     ).write(writing)
     shutil.rmtree(folder, ignore_errors=True)
@@ -136,14 +154,16 @@ class LoadedModel:
 def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load an export for decoding, on the GPU where there is one.
 
-    Raises UserError where `folder` is not one of ours or lacks something.
+    Raises UserError where `folder` is not one of ours or lacks something, or an adapter's base is another one.
     """
     info = ExportInfo.read(folder)
     family = BACKBONES[info.backbone]
+    check_files(folder, info)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     transformers_logging.disable_progress_bar()
     try:
+        check_base_of(folder, info)
         vlm = family.load(info.adapter_of or folder, dtype, info.revision)
         processor = family.processor(folder, info.prompt)
         if info.adapter_of:
@@ -152,7 +172,41 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
             if len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
                 vlm.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
             vlm = PeftModel.from_pretrained(vlm, folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"export {folder} cannot be loaded: {' '.join(str(error).split())}") from None
+            check_adapter(folder, vlm)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file makes them raise
+        raise UserError(f"export {folder} cannot be loaded: {in_a_line(error)}") from None
     model = LatentModel(family(vlm), info.latent).eval().to(device)
     return LoadedModel(info, model, processor, device)
+
+
+def check_files(folder: Path, info: ExportInfo) -> None:
+    """Raise UserError naming the files that an export lacks; libraries would look for them elsewhere, or do without."""
+    needed = ["adapter_config.json", ADAPTER] if info.adapter_of else ["config.json"]
+    needed += BACKBONES[info.backbone].PROCESSOR_FILES
+    if lacking := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(f"export {folder} is not complete: it lacks {', '.join(lacking)}")
+
+
+def check_base_of(folder: Path, info: ExportInfo) -> None:
+    """Raise UserError where the base of an adapter is not here, or has other weights than it was trained on."""
+    base = info.adapter_of
+    if base is None:
+        return
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"{folder} is an adapter of {base}, which is not here; adapter_of in its {FILE} may be changed")
+    if info.base_hash is None:
+        raise UserError(f"{folder / FILE} does not say which weights the adapter's base has (base_hash)")
+    if base_hash(base, info.revision) != info.base_hash:
+        raise UserError(f"{folder} is an adapter of {base}, whose weights are not those that it was trained on")
+
+
+def check_adapter(folder: Path, vlm: Any) -> None:
+    """Raise UserError where weights of the adapter are missing in its file; peft would leave them as they began."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / ADAPTER, "pt") as file:
+        lacking = get_peft_model_state_dict(vlm, save_embedding_layers=False).keys() - set(file.keys())
+    if lacking:
+        raise incomplete(folder / ADAPTER, lacking)

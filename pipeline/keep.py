@@ -10,7 +10,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
-from pipeline.checkpoint import Checkpoints, RunState
+from pipeline.checkpoint import Checkpoints, RunState, read_best
 from pipeline.distributed import World
 from pipeline.engine import gathered_weights
 from pipeline.export import write_export
@@ -62,7 +62,7 @@ class Keeper:
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""
         path = self.out / f"best-stage{stage}.json"
-        found = json.loads(path.read_text())["val/accuracy"] if self.world.main and path.exists() else -1.0
+        found = read_best(path)["val/accuracy"] if self.world.main and path.exists() else -1.0
         return distributed.from_main(found)
 
     def end_stage(self, stage: int, global_step: int) -> None:
@@ -75,7 +75,8 @@ class Keeper:
             model = self.parts.engine.module
             weights = gathered_weights(model.backbone.vlm, self.world.main)
             if self.world.main:
-                write_export(model, weights, self.parts.processor, config, stage, folder, self.parts.base)
+                parts = self.parts
+                write_export(model, weights, parts.processor, config, stage, folder, parts.base, parts.base_hash)
         if self.world.main:
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomic
+from data_prep.files import parse_json, write_atomic
 
 RENEW, STALE = 5.0, 60.0
 """Seconds between renewals, and without one until the holder counts as gone."""
@@ -97,7 +97,7 @@ class Lease:
 
     def _read(self, path: Path | None = None) -> dict[str, Any] | None:
         try:
-            value = json.loads((path or self.path).read_text())
+            value = parse_json((path or self.path).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):

@@ -153,7 +153,7 @@ def check_same_run(config: RunConfig, out: Path) -> None:
         return
     try:
         before = fixed_settings(RunConfig.model_validate(yaml.safe_load(path.read_text())))
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{path} cannot be read: the run folder is damaged; choose another --out") from None
     now = fixed_settings(config)
     different = [k for k in sorted(before | now) if before.get(k) != now.get(k)]

@@ -95,8 +95,15 @@ def check_base(model: ModelConfig, prompt: PromptConfig) -> None:
         if found != family.MODEL_TYPE:
             raise UserError(f"model.path {model.path} is a {found} model, not {family.MODEL_TYPE}")
         family.processor(model.path, prompt, model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path {model.path} cannot be loaded: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file makes them raise
+        raise UserError(f"model.path {model.path} cannot be loaded: {in_a_line(error)}") from None
+
+
+def in_a_line(error: Exception) -> str:
+    """What a library's exception says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def base_hash(base: Path | str, revision: str | None = None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomic
+from data_prep.files import parse_json, write_atomic
 from pipeline.prompt import ANSWER, LETTERS
 
 MOST_GROUPS = 32
@@ -102,6 +102,6 @@ def read_reports(folder: Path) -> list[Report]:
     if not path.is_file():
         return []
     try:
-        return [Report(**report) for report in json.loads(path.read_text())]
+        return [Report(**report) for report in parse_json(path.read_bytes())]
     except (TypeError, ValueError):
         raise UserError(f"{path} is damaged: run the evaluation again") from None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from data_prep import cli
 from data_prep.errors import UserError
+from data_prep.files import parse_json
 from pipeline.score import read_reports
 
 
@@ -40,11 +40,17 @@ def lines(run: Path, split: str) -> list[str]:
 
 
 def stage_losses(run: Path) -> tuple[dict[int, int], dict[int, float]]:
-    """By stage: steps done, and the mean loss of the last 10."""
+    """By stage: steps done, and the mean loss of the last 10.  Raises UserError for a damaged line."""
     found: dict[int, list[float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        found.setdefault(entry["stage"], []).append(entry["loss"])
+    path = run / "metrics.jsonl"
+    # what follows the last line end is a line that was cut, or is being written
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            entry = parse_json(line)
+            stage, value = int(entry["stage"]), float(entry["loss"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged in line {number} ({type(error).__name__}: {error})") from None
+        found.setdefault(stage, []).append(value)
     last = {stage: losses[-10:] for stage, losses in found.items()}
     return {s: len(x) for s, x in found.items()}, {s: sum(x) / len(x) for s, x in last.items()}
 

@@ -48,7 +48,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for report in terminalreporter.stats.get(outcome, []):
             if "test_reference_parity.py" in report.nodeid and "_case[" in report.nodeid:
                 name = report.nodeid.partition("[")[2].rstrip("]")
-                lines.append(f"{name}: {dict(report.user_properties).get('golden', outcome)}")
+                said = dict(report.user_properties).get("golden", outcome)
+                lines.append(f"{name}: {said if outcome == 'passed' else outcome}")
     if lines:
         terminalreporter.section("golden cases")
         for line in sorted(lines):

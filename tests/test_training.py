@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
@@ -159,6 +160,28 @@ def test_changed_base_is_refused(whole_run, data, tmp_path):
     code, log = start(tmp_path / "run", data, "--stages", "1", *options_of(lora))
     assert code == 2
     assert "the base model is not the one that" in log
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+def test_base_without_all_weights(whole_run, data, tmp_path, ds, change):
+    """Both ranks end, with one line: missing weights would be drawn at random (ZeRO-3: only rank 0 sees shapes)."""
+    base = shutil.copytree(whole_run / "export" / "stage0", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    last = weights.pop("model.layers.1.mlp.down_proj.weight")
+    if change == "shape":
+        weights["model.layers.1.mlp.down_proj.weight"] = last[:7].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "run"
+    process = launch.launch(out, data, "--model.scratch", "none", "--model.path", str(base), ds=ds)
+    try:
+        assert process.wait(timeout=120) != 0
+    finally:
+        launch.kill_tree(process)
+    log = Path(f"{out}.log").read_text()
+    name = "model.language_model.layers.1.mlp.down_proj.weight"
+    assert log.count(f"error: {base}: 1 weights missing or of another shape: {name}\n") == 1
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["room", "full"])

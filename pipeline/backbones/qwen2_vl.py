@@ -6,6 +6,7 @@ Shapes: B rows, P question columns, L columns of a pass, T columns so far, D hid
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from data_prep.errors import UserError
+from pipeline.backbones.weights import incomplete
 from pipeline.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
@@ -39,6 +42,8 @@ class Qwen2VL(nn.Module):
     """What transformers' configs of this family say."""
     LORA_SCOPE = r".*language_model\..*\.({names})"
     """Regular expression of modules that LoRA may adapt: the language model's, never the vision tower's."""
+    PROCESSOR_FILES = ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    """What the processor's `save` writes, all of it needed."""
 
     def __init__(self, vlm: Any) -> None:
         """vlm: a Qwen2VLForConditionalGeneration, or one that peft has wrapped."""
@@ -49,14 +54,32 @@ class Qwen2VL(nn.Module):
     # ---- loading ----------------------------------------------------------------------------------------------
     @staticmethod
     def load(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> Any:
-        """The pretrained model of a local folder or hub id, with the latent attention installed."""
-        return Qwen2VLForConditionalGeneration.from_pretrained(
-            path,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
-            trust_remote_code=False,
-        )
+        """The pretrained model of a local folder or hub id, with the latent attention installed.
+
+        Raises UserError where weights are missing or of another shape; under ZeRO-3 a shape is seen by rank 0 alone.
+        """
+        # its own class would take the 7B model's values for those that a config lacks
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if not isinstance(config, Qwen2VLConfig):
+            raise UserError(f"{path} is a {config.model_type} model, not {Qwen2VL.MODEL_TYPE}")
+        try:
+            vlm, found = Qwen2VLForConditionalGeneration.from_pretrained(
+                path,
+                config=config,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below; they would be random, as missing ones
+            )
+        except RuntimeError as error:
+            if shapes := re.findall(r"size mismatch for ([^\s:]+)", str(error)):  # ZeRO-3's own way of loading
+                raise incomplete(path, shapes) from None
+            raise
+        if lacking := found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}:
+            raise incomplete(path, lacking)
+        return vlm
 
     @staticmethod
     def create(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
@@ -176,7 +199,10 @@ class Qwen2VLProcessor:
         max_pixels: int | None = None,
         revision: str | None = None,
     ) -> None:
-        """image_size: every image is resized to that square; None keeps its shape, at most `max_pixels`."""
+        """image_size: every image is resized to that square; None keeps its shape, at most `max_pixels`.
+
+        Raises ValueError where the chat template is none for images.
+        """
         self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, revision=revision)
         self.image_size = image_size
@@ -187,6 +213,10 @@ class Qwen2VLProcessor:
             }
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.IMAGE)
         self.merge = self.image_processor.merge_size
+        if not self.tokenizer.chat_template:
+            raise ValueError("it has no chat template (chat_template.jinja)")
+        if self._turn(1)[0].count(self.IMAGE) != 1:
+            raise ValueError("its chat template leaves images out")
 
     @property
     def row_format(self) -> RowFormat:
@@ -205,16 +235,22 @@ class Qwen2VLProcessor:
 
     def prompt_ids(self, text: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
         """One user turn, images first, then `text`, then the assistant's opening, as the chat template puts it."""
-        content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": self.TEXT}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        before, after = rendered.split(self.TEXT)
+        before, after = self._turn(len(grids))
         ids: list[int] = []
         columns = iter([t * h * w // self.merge**2 for t, h, w in grids])
         for token in self.tokenizer(before, add_special_tokens=False)["input_ids"]:
             ids += [token] * (next(columns) if token == self.image_token_id else 1)
         return ids + self.text_ids(text) + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+
+    def _turn(self, images: int) -> list[str]:
+        """What the chat template puts before and after the text of a turn."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": self.TEXT}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        if rendered.count(self.TEXT) != 1:
+            raise ValueError("its chat template leaves the text out")
+        return rendered.split(self.TEXT)
 
     def image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Vision patches (patches, patch_dim) fp32 and their grid (time, height, width).
