@@ -42,9 +42,13 @@ def lines(run: Path, split: str) -> list[str]:
 def stage_losses(run: Path) -> tuple[dict[int, int], dict[int, float]]:
     """By stage: steps done, and the mean loss of the last 10."""
     found: dict[int, list[float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        found.setdefault(entry["stage"], []).append(entry["loss"])
+    path = run / "metrics.jsonl"
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            found.setdefault(int(entry["stage"]), []).append(float(entry["loss"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: line {number} is damaged; remove it") from None
     last = {stage: losses[-10:] for stage, losses in found.items()}
     return {s: len(x) for s, x in found.items()}, {s: sum(x) / len(x) for s, x in last.items()}
 
