@@ -13,10 +13,11 @@ from data_prep.errors import UserError
 from data_prep.index import ShardIndex
 from pipeline import distributed, prepare
 from pipeline.backbones import BACKBONES
-from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
+from pipeline.loader import Share, StageSteps
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 
@@ -31,10 +32,12 @@ class Parts:
     builder: RowBuilder
     indexes: dict[str, ShardIndex]
     """train, and val where validation is on"""
+    stages: list[StageSteps]
+    """This rank's data of every stage of the curriculum"""
     base: Path | str
     """Folder or hub id of the base model"""
     base_hash: str
-    """Identity of weights that checkpoints leave out; empty where they hold all"""
+    """Identity of what checkpoints need of the base model"""
 
 
 def without_frozen(config: RunConfig) -> bool:
@@ -42,10 +45,12 @@ def without_frozen(config: RunConfig) -> bool:
     return bool(config.model.lora or config.model.freeze_vision)
 
 
-def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Logger) -> Parts:
-    """All of it; ranks call it together.  Raises UserError, on every rank, where something does not fit."""
+def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device, log: logging.Logger) -> Parts:
+    """All of it, from `make_missing`'s base model; ranks call it together.
+
+    Raises UserError, on every rank, where something does not fit.
+    """
     config = plan.config
-    base = make_missing(plan, world, log)
     splits = ["train"] + (["val"] if config.train.val_samples else [])
     indexes = prepare.check_data(prepare.data_folder(config), splits)
     processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
@@ -54,16 +59,20 @@ def build_parts(plan: Plan, world: World, device: torch.device, log: logging.Log
         for index in indexes.values():
             prepare.check_patches(index, processor, taken)
     builder = RowBuilder(processor, config.prompt, taken)
-    base_hash = ""
-    if without_frozen(config):
-        base_hash = distributed.from_main(prepare.base_hash(base, config.model.revision) if world.main else "")
+    share = Share(world.rank, world.size, plan.triangle.global_batch, plan.triangle.micro_batch)
+    stages = [
+        StageSteps(
+            indexes["train"], builder, config.curriculum, stage, share, config.train.seed, config.data.last_batch
+        )
+        for stage in range(len(config.curriculum.stages))
+    ]
+    base_hash = prepare.base_hash(base, without_frozen(config), config.model.revision) if world.main else ""
+    base_hash = distributed.from_main(base_hash)
+    for start in plan.starts.values():
+        check_inputs(start, indexes["train"], base_hash)
     built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
-    parts = Parts(built.engine, processor, builder, indexes, base, base_hash)
-    if plan.start is not None:
-        restore(plan.start, parts, Checkpoints(plan.out), config, world)
-        log.info("resumed from %s", plan.start.path)
     log_decisions(plan, built, device, log)
-    return parts
+    return Parts(built.engine, processor, builder, indexes, stages, base, base_hash)
 
 
 def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
@@ -83,15 +92,14 @@ def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
     return base
 
 
-def restore(start: Checkpoint, parts: Parts, checkpoints: Checkpoints, config: RunConfig, world: World) -> None:
-    """Load a checkpoint after making sure that data and frozen weights are those it was trained with."""
+def check_inputs(start: Checkpoint, index: ShardIndex, base_hash: str) -> None:
+    """Raise UserError where data or base model are not those that a checkpoint was trained with."""
     for name, ours, theirs in (
-        ("the training split", parts.indexes["train"].index_hash, start.state.index_hash),
-        ("the base model", parts.base_hash, start.state.base_hash),
+        ("the training split", index.index_hash, start.state.index_hash),
+        ("the base model", base_hash, start.state.base_hash),
     ):
         if ours != theirs:
             raise UserError(f"{name} is not the one that {start.path} was trained with; choose another --out")
-    checkpoints.load(parts.engine, start, world, without_frozen(config))
 
 
 def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.Logger) -> None:

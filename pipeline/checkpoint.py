@@ -16,14 +16,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import deepspeed
+from pydantic import TypeAdapter
 
 from data_prep.errors import UserError
-from data_prep.files import parse_json, sha256, write_atomic
+from data_prep.files import sha256, write_atomic
 from pipeline import distributed
-from pipeline.config import load_json
 from pipeline.distributed import World
 
 WRITING = "writing"
@@ -48,11 +47,16 @@ class RunState:
     index_hash: str
     """Training split's index"""
     base_hash: str
-    """Weights that are not in the checkpoint: the base model's files (LoRA), else empty"""
+    """Base model: tokenizer and processor, and the weights where frozen ones are not in the checkpoint"""
+    settings_hash: str
+    """Settings that the numbers depend on (pipeline.plan.fixed_settings)"""
 
     @property
     def stage_done(self) -> bool:
         return self.step >= self.stage_steps
+
+
+_STATE = TypeAdapter(RunState)
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,14 @@ class Checkpoint:
 
     def damaged(self, rank: int = 0, world: int = 1) -> str:
         """Name of a file that is not as written, or nothing; ranks look at every world-th file."""
-        for name, expected in sorted(_read_manifest(self.path).items())[rank::world]:
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text())
+            expected = sorted((name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "manifest.json"
+        for name, size, digest in expected[rank::world]:
             file = self.path / name
-            if not file.is_file() or file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+            if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
                 return name
         return ""
 
@@ -84,23 +93,28 @@ class Checkpoints:
             if not (path / "manifest.json").is_file():
                 continue
             try:
-                found.append(Checkpoint(path, RunState(**parse_json((path / "state.json").read_bytes()))))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"checkpoint {path}: state.json cannot be read ({error}); remove the folder") from None
+                found.append(Checkpoint(path, _STATE.validate_json((path / "state.json").read_bytes())))
+            except (OSError, ValueError):
+                raise UserError(
+                    f"checkpoint {path}: state.json is damaged or of another version; remove this folder"
+                ) from None
         return sorted(found, key=lambda c: (c.state.stage, c.state.step))
 
     def path_of(self, state: RunState) -> Path:
         return self.folder / f"stage{state.stage}-step{state.step:06d}"
 
-    def stage_end(self, stage: int) -> Checkpoint | None:
-        """The checkpoint that ends `stage`."""
-        ends = [c for c in self.all() if c.state.stage == stage and c.state.stage_done]
-        return ends[-1] if ends else None
+    def newest(self) -> dict[int, Checkpoint]:
+        """The newest checkpoint of each stage that has any."""
+        return {checkpoint.state.stage: checkpoint for checkpoint in self.all()}
 
-    def newest(self, stage: int) -> Checkpoint | None:
-        """The newest checkpoint within `stage`."""
-        inside = [c for c in self.all() if c.state.stage == stage]
-        return inside[-1] if inside else None
+    def best(self, stage: int) -> tuple[str, float] | None:
+        """(checkpoint, accuracy) of best-stageN.json; nothing where it is damaged or its checkpoint is gone."""
+        try:
+            named = json.loads((self.run / f"best-stage{stage}.json").read_text())
+            name, accuracy = str(named["checkpoint"]), float(named["val/accuracy"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (name, accuracy) if (self.folder / name / "manifest.json").is_file() else None
 
     def save(
         self, engine: deepspeed.DeepSpeedEngine, state: RunState, world: World, without_frozen: bool
@@ -140,7 +154,9 @@ class Checkpoints:
         """
         damaged = [name for name in distributed.gather(checkpoint.damaged(world.rank, world.size)) if name]
         if damaged:
-            raise UserError(f"checkpoint {checkpoint.path}: {damaged[0]} is damaged; remove it to use the one before")
+            raise UserError(
+                f"checkpoint {checkpoint.path}: {damaged[0]} is damaged; remove this folder to use the one before"
+            )
         loaded, _ = engine.load_checkpoint(
             str(self.folder),
             tag=checkpoint.path.name,
@@ -151,25 +167,10 @@ class Checkpoints:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, stage ends and those that validation found best."""
-        protected = {read_best(best)["checkpoint"] for best in self.run.glob("best-stage*.json")}
-        inside = [c for c in self.all() if not c.state.stage_done and c.path.name not in protected]
+        found = self.all()
+        protected = {best[0] for stage in {c.state.stage for c in found} if (best := self.best(stage))}
+        inside = [c for c in found if not c.state.stage_done and c.path.name not in protected]
         for checkpoint in inside[:-keep]:
             # without its manifest it is no checkpoint any more, should the removal be cut short
             (checkpoint.path / "manifest.json").unlink()
             shutil.rmtree(checkpoint.path)
-
-
-def read_best(path: Path) -> dict[str, Any]:
-    """What a best-stageS.json says.  Raises UserError for a damaged one."""
-    best = load_json(path, "best checkpoint")
-    if not isinstance(best.get("checkpoint"), str) or not isinstance(best.get("val/accuracy"), float | int):
-        raise UserError(f"{path} is damaged: it names no checkpoint and accuracy; remove it")
-    return best
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Raises UserError for a damaged one."""
-    manifest = load_json(path / "manifest.json", "checkpoint")
-    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.values()):
-        raise UserError(f"{path / 'manifest.json'} is damaged; remove the folder to use the checkpoint before")
-    return manifest

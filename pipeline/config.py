@@ -6,10 +6,10 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,17 +32,17 @@ class Section(BaseModel):
 class ScratchConfig(Section):
     """Shape of a model trained from scratch; its tokenizer is trained on the data."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 352
+    hidden_size: int = Field(128, ge=16)
+    intermediate_size: int = Field(352, ge=1)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(4, ge=1)
     vision_layers: int = Field(1, ge=1)
-    vision_size: int = 64
-    vision_heads: int = 2
+    vision_size: int = Field(64, ge=4)
+    vision_heads: int = Field(2, ge=1)
     vocab_size: int = Field(2000, ge=300)
     """Most entries of the tokenizer that is trained."""
-    initializer_range: float = 0.02
+    initializer_range: float = Field(0.02, gt=0)
     tie_embeddings: bool = True
 
 
@@ -50,9 +50,11 @@ class LoraConfig(Section):
     """LoRA on the language model's projections (published: these values)."""
 
     r: int = Field(64, ge=1)
-    alpha: int = 16
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
     """Module names inside the language model."""
     export: Literal["merged", "adapter"] = "merged"
     """Export one merged model, or the adapter beside its base's name."""
@@ -126,7 +128,7 @@ class TrainConfig(Section):
     """Rows that one rank computes at once; none: as `global_batch` and `accumulation` say, or its whole share."""
     accumulation: int | None = Field(None, ge=1)
     """Micro-batches of a step on one rank; none: as the others say."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(200, ge=0)
     """Steps between checkpoints inside a stage; 0: stage ends only."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -224,14 +226,46 @@ def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe file's nested values.  Raises UserError where it is missing or not YAML of a mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected sections such as `train:`")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, but a key that is given twice is refused, and `1:30` is text (YAML 1.1 counts it as 90)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _without_base_60(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _without_base_60(yaml.SafeLoader.construct_yaml_int))
+_Loader.add_constructor("tag:yaml.org,2002:float", _without_base_60(yaml.SafeLoader.construct_yaml_float))
+
+
+def read_yaml(text: str) -> Any:
+    """The values of a YAML text.  Raises ValueError, whatever is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def inconsistencies(config: RunConfig) -> Iterator[str]:
@@ -267,6 +301,8 @@ def load_json(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{what} {path}: not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{what} {path}: nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} {path}: expected an object")
     return value
@@ -279,8 +315,8 @@ def _value(text: str, annotation: Any) -> Any:
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         return None if type(None) in kinds and text.lower() in ("none", "null") else text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         return text
     if isinstance(value, bool) and bool not in kinds:
         return text  # an option without a value, where a number was meant: validation refuses it

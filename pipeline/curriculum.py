@@ -22,9 +22,9 @@ class StageConfig(BaseModel):
     """n: latent steps of every row."""
     skip: int = Field(ge=0)
     """Explicit steps left out, from the first on."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1_000_000)
     """Length in passes over the training split."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=1_000_000_000)
     """Length in optimizer steps, in place of epochs."""
     where: dict[str, list[str]] = {}
     """Train on rows whose breakdown fields have one of these values; empty: on all."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -90,8 +92,15 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             problems.append(f"{path}: {key} is {value!r}, expected auto or a whole number from 1")
     if ds.get("gradient_clipping", "auto") != "auto":
         problems.append(f"{path}: gradient_clipping belongs to the recipe: optim.clip")
-    if stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage}, expected 1, 2 or 3")
+    bf16 = ds.get("bf16", {})
+    if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in ("auto", True, False):
+        problems.append(f'{path}: bf16 is {bf16!r}, expected {{"enabled": "auto"}}, true or false')
+    for key in ("fp16", "amp"):
+        section = ds.get(key, {"enabled": False})
+        if not isinstance(section, dict) or section.get("enabled") is not False:
+            problems.append(f"{path}: {key} is not supported; model.dtype of the recipe chooses bf16 or fp32")
     if "optimizer" in ds or "scheduler" in ds:
         problems.append(f"{path}: optimizer and scheduler belong to the recipe's `optim` section")
     if problems:
@@ -99,15 +108,44 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     return ds
 
 
+def check_ds_config(ds: dict[str, Any], path: Path, triangle: Triangle, config: RunConfig) -> None:
+    """Raise UserError where DeepSpeed's own checks refuse the file; it is asked before anything is built."""
+    # width, device and process group are not there yet: stand-ins of the right kind
+    auto = ds.get("bf16", {}).get("enabled") is True
+    bf16 = {"auto": auto, "bf16": True, "fp32": False}[config.model.dtype]
+    filled = fill_auto(ds, replace(triangle, world=1), config, hidden=64, bf16=bf16)
+    try:
+        DeepSpeedConfig(filled)
+    except ValidationError as error:
+        section = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16"}.get(error.title)
+        raise UserError(
+            *(f"{path}: {'.'.join(map(str, (section or error.title, *e['loc'])))}: {e['msg']}" for e in error.errors())
+        ) from None
+    except Exception as error:  # of many kinds, down to AttributeError
+        raise UserError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
+
+
 def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden: int, bf16: bool) -> dict[str, Any]:
-    """The DeepSpeed config with every `auto` replaced; hidden: the language model's width."""
+    """The DeepSpeed config with every `auto` replaced, and what the pipeline decides put in whether named or not.
+
+    hidden: the language model's width.
+    """
+    if ds.get("bf16", {}).get("enabled", "auto") not in ("auto", bf16):
+        raise UserError(f"bf16.enabled in the DeepSpeed file disagrees with model.dtype {config.model.dtype}")
     gpu = torch.cuda.is_available()
-    values: dict[str, Any] = {
+    decided: dict[str, Any] = {
+        # DeepSpeed's own triangle counts slots; ours was checked against the file's explicit values
         "train_batch_size": triangle.micro_batch * triangle.accumulation * triangle.world,
         "train_micro_batch_size_per_gpu": triangle.micro_batch,
         "gradient_accumulation_steps": triangle.accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16.enabled": bf16,
+        "bf16": {**ds.get("bf16", {}), "enabled": bf16},
+        # the optimizer is torch's AdamW, with or without offload
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    values: dict[str, Any] = {
         "zero_optimization.overlap_comm": gpu,
         "zero_optimization.reduce_bucket_size": max(hidden * hidden, 1_000_000),
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
@@ -132,11 +170,7 @@ def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden:
                 out[key] = value
         return out
 
-    # the global batch is ours: DeepSpeed's own triangle counts slots
-    filled = fill(ds | {"train_batch_size": "auto"} | {"steps_per_print": 10**9}, "")
-    if filled.get("bf16", {}).get("enabled", False) != bf16 and "fp16" not in filled:
-        raise UserError(f"bf16.enabled in the DeepSpeed file disagrees with model.dtype {config.model.dtype}")
-    return filled
+    return fill(ds | decided, "")
 
 
 @dataclass(frozen=True)

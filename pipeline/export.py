@@ -198,7 +198,7 @@ def check_base_of(folder: Path, info: ExportInfo) -> None:
         raise UserError(f"{folder} is an adapter of {base}, which is not here; adapter_of in its {FILE} may be changed")
     if info.base_hash is None:
         raise UserError(f"{folder / FILE} does not say which weights the adapter's base has (base_hash)")
-    if base_hash(base, info.revision) != info.base_hash:
+    if base_hash(base, weights=True, revision=info.revision) != info.base_hash:
         raise UserError(f"{folder} is an adapter of {base}, whose weights are not those that it was trained on")
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
-from pipeline.checkpoint import Checkpoints, RunState, read_best
+from pipeline.checkpoint import Checkpoint, Checkpoints, RunState
 from pipeline.distributed import World
 from pipeline.engine import gathered_weights
 from pipeline.export import write_export
 from pipeline.lease import Lease
-from pipeline.plan import Plan, done_marker
+from pipeline.plan import Plan, done_marker, settings_hash
 
 
 class Keeper:
@@ -42,28 +45,39 @@ class Keeper:
             zero_stage=self.plan.ds["zero_optimization"]["stage"],
             index_hash=self.parts.indexes["train"].index_hash,
             base_hash=self.parts.base_hash,
+            settings_hash=settings_hash(self.config),
         )
         # rank 0 decides for all: only it holds the lease, and ranks may see a shared disk differently
-        newest = self.checkpoints.newest(stage) if self.world.main else None
+        newest = self.checkpoints.newest().get(stage) if self.world.main else None
         lost, there = distributed.from_main((self.lease.lost, newest is not None and newest.state == state))
         if lost:
             raise UserError(lost)
+        if best is not None and self.world.main:
+            # before the checkpoint: killed in between, the next start ignores the name of one that is not there, and
+            # validates this step again
+            named = {"checkpoint": self.checkpoints.path_of(state).name, "step": done, **best}
+            write_atomic(self.out / f"best-stage{stage}.json", json.dumps(named, indent=1) + "\n")
         if not there:
             began = time.monotonic()
             checkpoint = self.checkpoints.save(self.parts.engine, state, self.world, without_frozen(self.config))
             self.log.info("checkpoint %s (%.1f s)", checkpoint.path, time.monotonic() - began)
-        if not self.world.main:
-            return
-        if best is not None:
-            named = {"checkpoint": self.checkpoints.path_of(state).name, "step": done, **best}
-            write_atomic(self.out / f"best-stage{stage}.json", json.dumps(named, indent=1) + "\n")
-        self.checkpoints.prune(self.config.train.keep_checkpoints)
+        if self.world.main:
+            self.checkpoints.prune(self.config.train.keep_checkpoints)
+
+    def load(self, start: Checkpoint) -> None:
+        """Put a checkpoint into the engine."""
+        self.checkpoints.load(self.parts.engine, start, self.world, without_frozen(self.config))
+        self.log.info("resumed from %s", start.path)
 
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""
-        path = self.out / f"best-stage{stage}.json"
-        found = read_best(path)["val/accuracy"] if self.world.main and path.exists() else -1.0
-        return distributed.from_main(found)
+        found = self.checkpoints.best(stage) if self.world.main else None
+        return distributed.from_main(found[1] if found else -1.0)
+
+    def begin_stage(self, stage: int) -> None:
+        """Withdraw the marker of a stage that is trained again, because its end was removed."""
+        if self.world.main:
+            done_marker(self.out, stage).unlink(missing_ok=True)
 
     def end_stage(self, stage: int, global_step: int) -> None:
         """Export, where `train.export` asks for it, and the marker that says the stage is complete."""
@@ -82,3 +96,18 @@ class Keeper:
             write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
         distributed.barrier()
         self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
+
+
+@contextlib.contextmanager
+def full_disk_told(out: Path) -> Iterator[None]:
+    """Turn what a full disk makes of a write, in any library, into one line.  Raises UserError."""
+    try:
+        yield
+    except Exception as error:
+        # torch's writer raises a RuntimeError of its own, safetensors another kind
+        words = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos", "iostream error")
+        if not any(word in str(error) for word in words):
+            raise
+        raise UserError(
+            f"{out} could not be written ({str(error).splitlines()[0]}); free some disk space and go on"
+        ) from None

@@ -37,20 +37,25 @@ class Lease:
     def acquire(self, grace: float = GRACE) -> None:
         """Take the lease.  Raises UserError naming the holder where it is still there after `grace` seconds."""
         deadline = time.monotonic() + grace
-        while not self._take():
-            holder = self._read()
-            if holder and time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')};"
-                    " stop it, or choose another --out"
-                )
-            time.sleep(0.5)
+        try:
+            while not self._take():
+                holder = self._read()
+                if holder is not None and time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.path.parent} is in use by {_named(holder)}; stop it, or choose another --out"
+                        if holder
+                        else f"{self.path} is damaged; remove it if nobody is training in {self.path.parent}"
+                    )
+                time.sleep(0.5)
+        except OSError as error:
+            raise UserError(f"{self.path.parent} cannot be used as a run folder: {error}") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def release(self) -> None:
         self._stop.set()
-        if self._is_ours():
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # left behind it goes stale
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
 
     def _take(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +88,13 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW):
-            if not self._is_ours():
-                holder = self._read() or {}
-                self.lost = f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}"
-                return
-            write_atomic(self.path, json.dumps(self._content()))
+            # a disk that fails for a moment takes the lease from nobody
+            with contextlib.suppress(OSError):
+                if self._is_ours():
+                    write_atomic(self.path, json.dumps(self._content()))
+                elif (holder := self._read()) != {}:
+                    self.lost = f"{self.path.parent} was taken over by {_named(holder or {})}"
+                    return
 
     def _content(self) -> dict[str, Any]:
         return {**self._identity, "renewed": time.time()}
@@ -96,13 +103,16 @@ class Lease:
         return (self._read() or {}).get("token") == self._identity["token"]
 
     def _read(self, path: Path | None = None) -> dict[str, Any] | None:
+        """What the lease says; None without one, {} for one that is damaged or being written this moment."""
         try:
             value = parse_json((path or self.path).read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            return {}  # being written this moment
-        return value if isinstance(value, dict) else {}
+        except ValueError:
+            return {}
+        kinds = {"token": str, "host": str, "pid": int, "renewed": float}
+        sound = isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in kinds.items())
+        return value if sound else {}
 
 
 def _this_process() -> dict[str, Any]:
@@ -112,11 +122,14 @@ def _this_process() -> dict[str, Any]:
 
 def _is_gone(holder: dict[str, Any]) -> bool:
     if not holder:
-        return False  # being written this moment
-    here = holder.get("host") == socket.gethostname() and holder.get("space") == _pid_space()
-    if here and "pid" in holder:
+        return False
+    if holder["host"] == socket.gethostname() and holder.get("space") == _pid_space():
         return _start_time(holder["pid"]) != holder.get("started")
-    return time.time() - float(holder.get("renewed", 0)) > STALE
+    return time.time() - holder["renewed"] > STALE
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')}" if holder else "somebody who removed its lease"
 
 
 def _pid_space() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +51,18 @@ def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     assert config.lora is not None
-    scope = BACKBONES[config.backbone].LORA_SCOPE.format(names="|".join(config.lora.targets))
     lora = LoraConfig(
-        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=scope
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=lora_scope(config.backbone, config.lora.targets),
     )
     return get_peft_model(vlm, lora)
+
+
+def lora_scope(backbone: str, targets: Sequence[str]) -> str:
+    """Regular expression of the modules that LoRA adapts."""
+    return BACKBONES[backbone].LORA_SCOPE.format(names="|".join(targets))
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:

@@ -120,15 +120,25 @@ def configure_logging(folder: Path, rank: int) -> logging.Logger:
     return log
 
 
+def step_of(line: bytes) -> int | None:
+    """Step of a line of metrics.jsonl; none of one that a crash or an editor damaged."""
+    try:
+        return int(json.loads(line)["global_step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class Monitor:
     """Rank 0's writers; on other ranks every method does nothing."""
 
-    def __init__(self, run: Path, main: bool, first_step: int, config_text: str) -> None:
+    def __init__(self, run: Path, main: bool, first_step: int | None, config_text: str) -> None:
+        """first_step: the first that is going to be trained; none where only an export is made again."""
         self._main = main
         if not main:
             return
         self._steps = run / "metrics.jsonl"
-        self._forget_from(first_step)
+        if first_step is not None:
+            self._forget_from(first_step)
         self._file = open(self._steps, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         if first_step == 0:
@@ -137,9 +147,13 @@ class Monitor:
 
     def _forget_from(self, step: int) -> None:
         if self._steps.exists():
-            lines = self._steps.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["global_step"] < step]
-            write_atomic(self._steps, "".join(kept))
+            lines = self._steps.read_bytes().splitlines(keepends=True)
+            kept = [
+                line
+                for line in lines
+                if line.endswith(b"\n") and (number := step_of(line)) is not None and number < step
+            ]
+            write_atomic(self._steps, b"".join(kept))
 
     def step(self, global_step: int, exact: dict[str, float | int]) -> None:
         """Numbers of every step, as they are, to `metrics.jsonl`."""

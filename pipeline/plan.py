@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
-from pipeline.config import RunConfig
-from pipeline.engine import Triangle, batch_triangle, load_ds_config
+from pipeline.config import RunConfig, read_yaml
+from pipeline.engine import Triangle, batch_triangle, check_ds_config, load_ds_config
 from pipeline.prepare import check_base, check_data, check_made_from, data_folder
 
 FREE = {
@@ -35,21 +35,22 @@ class Plan:
     out: Path
     stages: list[int]
     """Stages to train, those that are done left out"""
-    start: Checkpoint | None
-    """Where the first of them begins; None is the base model"""
+    starts: dict[int, Checkpoint]
+    """What a stage begins with; one that is not here goes on from the stage before it, or from the base model"""
     triangle: Triangle
 
-    @property
-    def start_step(self) -> int:
-        """Steps of the first stage that are done already."""
-        if self.start is None or self.start.state.stage != self.stages[0]:
-            return 0
-        return self.start.state.step
+    def start_step(self, stage: int) -> int:
+        """Steps of a stage that are done already."""
+        start = self.starts.get(stage)
+        return start.state.step if start is not None and start.state.stage == stage else 0
 
 
 def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | None, resume: str, world: int) -> Plan:
     """Check everything that needs no model.  Raises UserError with all problems, one line each."""
     out = out or Path("runs") / config.name
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file")
     problems: list[str] = []
 
     def attempt(check: Any, *args: Any) -> Any:
@@ -61,6 +62,9 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
 
     ds = attempt(load_ds_config, ds_path)
     triangle = attempt(batch_triangle, config.train, world, ds or {})
+    if ds is not None and triangle is not None:
+        config = resolved(config, triangle)
+        attempt(check_ds_config, ds, ds_path, triangle, config)
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
     attempt(check_base, config.model, config.prompt)
     folder = data_folder(config)
@@ -74,12 +78,22 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
             )
         attempt(check_made_from, config)
     attempt(check_same_run, config, out)
-    start = None
+    starts: dict[int, Checkpoint] = {}
     if wanted is not None and ds is not None:
-        wanted, start = attempt(where_to_start, Checkpoints(out), wanted, resume, world, ds) or (wanted, None)
+        count, zero = len(config.curriculum.stages), ds["zero_optimization"]["stage"]
+        found = attempt(where_to_start, Checkpoints(out), wanted, count, resume, world, zero)
+        wanted, starts = found or (wanted, starts)
     if problems:
-        raise UserError(*problems)
-    return Plan(config, ds, out, wanted, start, triangle)
+        raise UserError(*dict.fromkeys(problems))
+    return Plan(config, ds, out, wanted, starts, triangle)
+
+
+def resolved(config: RunConfig, triangle: Triangle) -> RunConfig:
+    """With the batch that the numbers depend on, wherever it was given: a run's config.yaml and hash hold this."""
+    batch = {"global_batch": triangle.global_batch}
+    if config.optim.loss_norm == "micro_batch":
+        batch |= {"micro_batch": triangle.micro_batch, "accumulation": triangle.accumulation}
+    return config.model_copy(update={"train": config.train.model_copy(update=batch)})
 
 
 def parse_stages(text: str | None, count: int) -> list[int]:
@@ -94,32 +108,56 @@ def parse_stages(text: str | None, count: int) -> list[int]:
 
 
 def where_to_start(
-    checkpoints: Checkpoints, stages: list[int], resume: str, world: int, ds: Mapping[str, Any]
-) -> tuple[list[int], Checkpoint | None]:
-    """Stages that are left, and the checkpoint to begin with.  Raises UserError where an earlier stage is missing."""
-    if resume == "never" and checkpoints.all():
-        raise UserError(f"{checkpoints.run} holds a run; --resume auto goes on with it, or choose another --out")
-    # a stage is done when its marker says so: its last checkpoint alone may lack the export
-    left = [stage for stage in stages if not done_marker(checkpoints.run, stage).exists()]
-    if not left:
-        return [], None
-    first = left[0]
-    start = checkpoints.newest(first)
-    if start is None and first > 0:
-        start = checkpoints.stage_end(first - 1)
-        if start is None:
+    checkpoints: Checkpoints, stages: list[int], count: int, resume: str, world: int, zero: int
+) -> tuple[list[int], dict[int, Checkpoint]]:
+    """Stages of `stages` that are left, and the checkpoints that they begin with (`Plan.starts`).
+
+    count: stages of the curriculum; zero: ZeRO stage.  Raises UserError where a stage cannot begin.
+    """
+    run, newest = checkpoints.run, checkpoints.newest()
+    done = stages_done(run, newest, count)
+    if resume == "never" and (newest or done):
+        raise UserError(f"{run} holds a run; --resume auto goes on with it, or choose another --out")
+    left = [stage for stage in stages if stage not in done]
+    starts: dict[int, Checkpoint] = {}
+    for stage in left:
+        start = newest.get(stage)
+        trains = start is None or not start.state.stage_done
+        begun = [later for later in range(stage + 1, count) if later in done or later in newest]
+        if trains and begun:
             raise UserError(
-                f"stage {first} starts from the end of stage {first - 1}, which {checkpoints.run} does not"
-                f" have; train it first: --stages {first - 1}"
+                f"stage {stage} is not complete in {run}, but stage {begun[0]}, which goes on from its end, has begun;"
+                f" leave stage {stage} out, or remove checkpoints/stage{begun[0]}-* and stage{begun[0]}.done first"
             )
-    if start is not None:
-        state, zero = start.state, ds["zero_optimization"]["stage"]
-        if (state.world, state.zero_stage) != (world, zero):
-            raise UserError(
-                f"{start.path} was written by {state.world} ranks under ZeRO-{state.zero_stage};"
-                f" it cannot be resumed by {world} ranks under ZeRO-{zero}"
-            )
-    return left, start
+        if start is None and stage > 0 and stage - 1 not in left:
+            start = newest.get(stage - 1)
+            if start is None or not start.state.stage_done:
+                raise UserError(
+                    f"stage {stage} starts from the end of stage {stage - 1}, which {run} does not have;"
+                    f" train it first: --stages {stage - 1}"
+                )
+        if start is not None:
+            starts[stage], state = start, start.state
+            if (state.world, state.zero_stage) != (world, zero):
+                raise UserError(
+                    f"{start.path} was written by {state.world} ranks under ZeRO-{state.zero_stage};"
+                    f" it cannot be resumed by {world} ranks under ZeRO-{zero}"
+                )
+    return left, starts
+
+
+def stages_done(run: Path, newest: Mapping[int, Checkpoint], count: int) -> set[int]:
+    """Stages whose marker is there, and their last checkpoint where the next stage still has to begin with it.
+
+    The checkpoint alone does not do: it may lack the export.
+    """
+    done: set[int] = set()
+    for stage in reversed(range(count)):
+        ended = stage in newest and newest[stage].state.stage_done
+        needed = stage + 1 < count and stage + 1 not in done and stage + 1 not in newest
+        if done_marker(run, stage).exists() and (ended or not needed):
+            done.add(stage)
+    return done
 
 
 def done_marker(run: Path, stage: int) -> Path:
@@ -146,24 +184,38 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
 
 
+def settings_hash(config: RunConfig) -> str:
+    """Identity of the settings that the numbers of a run depend on; config: `resolved`."""
+    return hashlib.sha256(json.dumps(fixed_settings(config), sort_keys=True).encode()).hexdigest()
+
+
 def check_same_run(config: RunConfig, out: Path) -> None:
-    """Raise UserError naming every setting that differs from those the run folder was started with."""
-    path = out / "config.yaml"
-    if not path.exists() or not Checkpoints(out).all():
-        return
-    try:
-        before = fixed_settings(RunConfig.model_validate(yaml.safe_load(path.read_text())))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{path} cannot be read: the run folder is damaged; choose another --out") from None
-    now = fixed_settings(config)
-    different = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
-    if different:
+    """Raise UserError where a checkpoint of the run folder was trained with other settings; config: `resolved`.
+
+    Checkpoints hold a hash, which decides; config.yaml, which anybody may have edited or removed, names the settings.
+    """
+    now = settings_hash(config)
+    others = [c.path for c in Checkpoints(out).all() if c.state.settings_hash != now]
+    if others:
         raise UserError(
-            *(
-                f"{k} is {now.get(k)} but {out} was trained with {before.get(k)}; choose another --out"
-                for k in different
-            )
+            *different_settings(config, out)
+            or [f"the settings are not those that {others[-1]} was trained with; choose another --out"]
         )
+
+
+def different_settings(config: RunConfig, out: Path) -> list[str]:
+    """A line for every setting that differs from the run folder's config.yaml; none where it cannot be read."""
+    try:
+        written = read_yaml((out / "config.yaml").read_text(encoding="utf-8"))
+        before = fixed_settings(RunConfig.model_validate(written))
+    except (OSError, ValueError):
+        return []
+    now = fixed_settings(config)
+    return [
+        f"{k} is {now.get(k)} but {out} was trained with {before.get(k)}; choose another --out"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k)
+    ]
 
 
 def write_config(config: RunConfig, out: Path) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import ShardIndex, open_split, read_manifest
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, ModelConfig, RunConfig
+from pipeline.config import ROOT, ModelConfig, RunConfig, load_json
+from pipeline.model import lora_scope
 from pipeline.prompt import Processor, PromptConfig
+
+READER_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""Files of a base model that decide what a row looks like to it."""
 
 
 def data_folder(config: RunConfig) -> Path:
@@ -41,8 +58,19 @@ def make_data(config: RunConfig, say: Any) -> None:
     command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
     command += ["--workers", str(min(8, os.cpu_count() or 1))]
     say(f"making {folder}: {shlex.join(command[1:])}")
-    # a process of its own, whose workers then do not import the trainer
-    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+    # a process of its own, whose workers then do not import the trainer; it inherits what is blocked here, so
+    # that a SIGUSR1 to the whole job, which asks the trainer to stop, does not kill it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        status = child.wait()
+    except BaseException:
+        child.kill()
+        raise
+    if status:
         raise UserError(f"{folder} could not be made from {data.source}")
 
 
@@ -84,17 +112,23 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
 
 
 def check_base(model: ModelConfig, prompt: PromptConfig) -> None:
-    """Raise UserError where the pretrained model's config, tokenizer or image processor cannot be had."""
+    """Raise UserError where the pretrained model's config, tokenizer or image processor cannot be had.
+
+    Of a local folder's weights it looks at the files' headers, and LoRA must find its modules.
+    """
     if model.path is None:
         return
     if model.path.startswith(("/", ".", "~")) and not Path(model.path).is_dir():
         raise UserError(f"model.path {model.path}: no such folder")
     family = BACKBONES[model.backbone]
     try:
-        found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False).model_type
-        if found != family.MODEL_TYPE:
-            raise UserError(f"model.path {model.path} is a {found} model, not {family.MODEL_TYPE}")
+        found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        if found.model_type != family.MODEL_TYPE:
+            raise UserError(f"model.path {model.path} is a {found.model_type} model, not {family.MODEL_TYPE}")
         family.processor(model.path, prompt, model.revision)
+        if Path(model.path).is_dir():
+            check_weights(Path(model.path))
+        check_lora(model, found)
     except UserError:
         raise
     except Exception as error:  # the libraries raise whatever a damaged file makes them raise
@@ -106,11 +140,49 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def base_hash(base: Path | str, revision: str | None = None) -> str:
-    """What identifies the base's weights: a hash of a local folder's, or a hub id with its commit."""
+def check_weights(folder: Path) -> None:
+    """Raise UserError where a local model has no weights, or a safetensors file is missing or cut short."""
+    files = [folder / name for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        if not files and (folder / name).is_file():
+            parts = load_json(folder / name, "index of weights").get("weight_map")
+            if not isinstance(parts, dict):
+                raise UserError(f"index of weights {folder / name}: it has no weight_map")
+            files = [folder / str(part) for part in sorted(set(parts.values()))]
+    if not files:
+        raise UserError(f"model.path {folder} has no weights ({SAFE_WEIGHTS_NAME})")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"model.path {folder}: {file.name} is missing")
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except SafetensorError as error:
+            raise UserError(f"model.path {folder}: {file.name} is damaged or cut short ({error})") from None
+
+
+def check_lora(model: ModelConfig, config: Any) -> None:
+    """Raise UserError naming LoRA targets that match no module; config: transformers' of the base model."""
+    if model.lora is None:
+        return
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForImageTextToText.from_config(config).named_modules()]
+    scopes = {target: re.compile(lora_scope(model.backbone, [target])) for target in model.lora.targets}
+    missing = [target for target, scope in scopes.items() if not any(map(scope.fullmatch, names))]
+    if missing:
+        raise UserError(f"model.lora.targets: no module of the language model is called {', '.join(missing)}")
+
+
+def base_hash(base: Path | str, weights: bool, revision: str | None = None) -> str:
+    """What identifies the base as checkpoints need it: a hash of a local folder's files, or a hub id with its commit.
+
+    weights: they count too, because checkpoints leave frozen ones out.
+    """
     if not Path(base).is_dir():
         return f"{base}@{AutoConfig.from_pretrained(base, revision=revision)._commit_hash}"
-    files = sorted(p for p in Path(base).iterdir() if p.suffix in (".safetensors", ".bin"))
+    suffixes = (".safetensors", ".bin") if weights else ()
+    files = sorted(p for p in Path(base).iterdir() if p.name in READER_FILES or p.suffix in suffixes)
     return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
 
 

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import math
 import os
 import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.watch import STOP, STOPPED, exit_with_launcher
+
+if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
+    STOP.note(signal.SIGUSR1)
 
 import numpy as np
 import torch
@@ -25,17 +32,16 @@ from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.batch import Batch
-from pipeline.build import build_parts
+from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
-from pipeline.keep import Keeper
+from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import Monitor, Progress, StepResult, Stopwatch, configure_logging, memory_gb, step_scalars
 from pipeline.plan import Plan, make_plan
 from pipeline.validate import ValidationSet, validate
-from pipeline.watch import STOPPED, StopRequest, exit_with_launcher
 
 
 def main(
@@ -67,7 +73,8 @@ def main(
             lease.acquire()
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
-        Run(plan, world, lease).train()
+        with full_disk_told(plan.out):
+            Run(plan, world, lease).train()
         distributed.stop()
     finally:
         if world.main:
@@ -89,34 +96,46 @@ class Run:
         self.bad_keys: set[str] = set()
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
         self.device = distributed.start(world)
-        self.stop = StopRequest()
-        stages, start = distributed.from_main((plan.stages, plan.start))
-        self.plan = replace(plan, stages=stages, start=start)
+        self.stop = STOP
+        # not before: a launcher ends ranks that have nothing to save by SIGTERM
+        self.stop.note(signal.SIGUSR1, signal.SIGTERM)
+        stages, starts = distributed.from_main((plan.stages, plan.starts))
+        self.plan = replace(plan, stages=stages, starts=starts)
         if self.plan.stages:
-            self.parts = build_parts(self.plan, world, self.device, self.log)
+            base = self._make_missing()
+            self.parts = build_parts(self.plan, base, world, self.device, self.log)
             self.engine = self.parts.engine
             self.keeper = Keeper(self.plan, self.parts, world, lease, self.log)
+            self._leave_if_asked()
 
-    def steps_of(self, stage: int) -> StageSteps:
-        """The data of a stage."""
-        config, triangle = self.config, self.plan.triangle
-        share = Share(self.world.rank, self.world.size, triangle.global_batch, triangle.micro_batch)
-        return StageSteps(
-            self.parts.indexes["train"], self.parts.builder, config.curriculum, stage, share, config.train.seed,
-            config.data.last_batch,
-        )  # fmt: skip
+    def _make_missing(self) -> Path | str:
+        try:
+            base = make_missing(self.plan, self.world, self.log)
+        except UserError:
+            self._leave_if_asked()  # the signal has ended the program that was making the data, too
+            raise
+        self._leave_if_asked()
+        return base
+
+    def _leave_if_asked(self) -> None:
+        """End here, where no step has been trained that would have to be saved; ranks call it together."""
+        if total([self.stop.requested], self.device)[0]:
+            self.log.info("stopped on request before the first step; start again to go on")
+            raise SystemExit(STOPPED)
 
     def train(self) -> None:
         """Every stage of the plan, in order."""
         if not self.plan.stages:
             self.log.info("nothing to do: all stages asked for are done in %s", self.out)
             return
-        lengths = [len(self.steps_of(stage)) for stage in range(len(self.config.curriculum.stages))]
-        first = self.plan.stages[0]
-        global_step = sum(lengths[:first]) + self.plan.start_step
-        self.monitor = Monitor(self.out, self.world.main, global_step, self.config.dump())
-        for stage in self.plan.stages:
-            start = self.plan.start_step if stage == first else 0
+        lengths = [len(steps) for steps in self.parts.stages]
+        starts = {stage: self.plan.start_step(stage) for stage in self.plan.stages}
+        # a stage that only lacks its export comes before those that are trained, and forgets nothing
+        trained = [sum(lengths[:stage]) + start for stage, start in starts.items() if start < lengths[stage]]
+        self.monitor = Monitor(self.out, self.world.main, min(trained, default=None), self.config.dump())
+        for stage, start in starts.items():
+            if stage in self.plan.starts:
+                self.keeper.load(self.plan.starts[stage])
             if start == 0 and stage > 0 and self.config.curriculum.reset_optimizer:
                 reset_optimizer(self.engine)
             self.run_stage(stage, start, lengths)
@@ -126,12 +145,14 @@ class Run:
     def run_stage(self, stage: int, start: int, lengths: list[int]) -> None:
         """Steps `start`.. of a stage, with logs, validation and checkpoints at their cadences."""
         config, train = self.config, self.config.train
-        steps, before = self.steps_of(stage), sum(lengths[:stage])
+        steps, before = self.parts.stages[stage], sum(lengths[:stage])
         shown = config.curriculum.stages[stage]
         self.log.info(
             "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %d samples an epoch",
             stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch,
         )  # fmt: skip
+        if start < len(steps):
+            self.keeper.begin_stage(stage)
         progress = Progress(start, len(steps))
         self.engine.train()
         batches = steps_from(steps, start, config.data.workers)
@@ -154,6 +175,8 @@ class Run:
             if result.stopping and not last:
                 self.log.info("stopped on request at stage %d step %d; start again to go on", stage, done)
                 raise SystemExit(STOPPED)
+        if start == len(steps) and self.val_due(start, last=True) and self.keeper.best(stage) < 0:
+            self._validate(stage, start, before + start - 1, steps)
         self.keeper.end_stage(stage, global_step=before + len(steps))
         if self.bad_keys or self.dropped_steps or self.overlong:
             self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
@@ -171,6 +194,13 @@ class Run:
         dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
         mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]
         everywhere, columns, bad, dropped, overlong, stopping = (int(n) for n in total(mine, self.device))
+        self._note_bad(micro_batches, bad)
+        if not everywhere:
+            raise UserError(
+                f"no row of step {global_step + 1} can be trained on: {overlong} are longer than prompt.max_tokens"
+                f" {self.config.prompt.max_tokens}, {bad} could not be used; raise prompt.max_tokens, or see"
+                f" {self.out / 'logs'}"
+            )
         losses = torch.zeros((), device=self.device)
         statistics: dict[str, torch.Tensor] = {}
         for batch, labels_here in zip(micro_batches, labels, strict=True):
@@ -184,11 +214,27 @@ class Run:
             losses += loss.detach().float() / (triangle.world * triangle.accumulation)
             statistics = {name: value + statistics.get(name, 0.0) for name, value in sums.items()}
         names = sorted(statistics)
-        loss, *sums = total([float(losses), *(float(statistics[name]) for name in names)], self.device)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        self._note_bad(micro_batches, bad)
+        diverged = not math.isfinite(grad_norm) or grad_norm < 0  # -1 is DeepSpeed's word for such a norm
+        loss, anywhere, *sums = total(
+            [float(losses), diverged, *(float(statistics[name]) for name in names)], self.device
+        )
+        if anywhere or not math.isfinite(loss):
+            self._stop_diverged(loss, grad_norm, lr, global_step, micro_batches)
         self.dropped_steps, self.overlong = self.dropped_steps + dropped, self.overlong + overlong
         return StepResult(loss, grad_norm, columns, stopping > 0, dict(zip(names, sums, strict=True)))
+
+    def _stop_diverged(
+        self, loss: float, grad_norm: float, lr: float, global_step: int, micro_batches: list[Batch]
+    ) -> NoReturn:
+        """Stop before a checkpoint or metrics.jsonl can hold what is no number."""
+        keys = [key for batch in micro_batches for key in batch.keys if key]
+        self.log.error("rows of step %d on this rank: %s", global_step + 1, ", ".join(keys))
+        raise UserError(
+            f"step {global_step + 1}: the loss is {loss}, the gradient norm {grad_norm}, at a learning rate of"
+            f" {lr:.1e}; nothing of this step is saved. Lower optim.lr, or look at the step's rows, which"
+            f" {self.out / 'logs'} names"
+        )
 
     def _note_bad(self, micro_batches: list[Batch], bad: int) -> None:
         """Name samples that could not be used, each once; stop past `data.max_bad` of them.  `bad`: on all ranks."""
@@ -242,9 +288,12 @@ class Run:
         found = validate(self.engine, data, self.parts.builder, config.eval.max_new_tokens, self.device)
         self.monitor.scalars(global_step, found)
         self.log.info(
-            "stage %d step %d: validation loss %.4f, accuracy %.3f of %d, %.1f autoregressive steps", stage, done,
-            found["val/loss"], found["val/accuracy"], config.train.val_samples, found["val/autoregressive_steps"],
+            "stage %d step %d: validation loss %.4f, accuracy %.3f of %d rows, %.1f autoregressive steps; %d rows"
+            " could not be used", stage, done, found["val/loss"], found["val/accuracy"], found["val/rows"],
+            found["val/autoregressive_steps"], found["val/unusable_rows"],
         )  # fmt: skip
+        if not math.isfinite(found["val/loss"]):
+            raise UserError(f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr")
         if found["val/accuracy"] > self.keeper.best(stage):
             self.keeper.save(stage, done, len(steps), global_step + 1, found)
 
@@ -253,14 +302,17 @@ def entry() -> None:
     """Run the command so that of all ranks only the first tells a user's mistake."""
     if World.from_environment().main:
         return cli.run(main)
+    said = io.StringIO()
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with contextlib.redirect_stderr(said):
             cli.run(main)
     except SystemExit as end:
         if end.code == 2:
             # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
             signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
             time.sleep(30)
+            # it has not: the mistake is this rank's alone, such as its node's full disk
+            sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
         raise
 
 

@@ -56,14 +56,18 @@ def validate(
     max_new_tokens: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean NLL a token, accuracy and mean autoregressive steps over all ranks' rows; all ranks call it together."""
+    """Mean NLL a token, accuracy and mean autoregressive steps over all ranks' rows; all ranks call it together.
+
+    Besides, how many rows were asked, and how many could not be: bad ones, and those that are too long.
+    """
     decoding = Decoding(max_new_tokens, builder.processor.eos_id, synced=engine.zero_optimization_partition_weights())
     engine.eval()
-    nll = labels = right = asked = steps = 0.0
+    nll = labels = right = asked = unusable = steps = 0.0
     for batch, examples in zip(data.batches, data.examples, strict=True):
         batch = batch.to(device)
         loss, _ = engine(batch)
         nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
+        unusable += len(batch.bad) + batch.overlong
         tokens, taken = engine(batch, answer=decoding)
         for row, example in enumerate(examples):
             if example is None:
@@ -73,11 +77,13 @@ def validate(
             steps += taken[row]
             right += is_right(text, example, builder.config.answer)
     engine.train()
-    nll, labels, right, asked, steps = total([nll, labels, right, asked, steps], device)
+    nll, labels, right, asked, unusable, steps = total([nll, labels, right, asked, unusable, steps], device)
     return {
         "val/loss": nll / max(1, labels),
         "val/accuracy": right / max(1, asked),
         "val/autoregressive_steps": steps / max(1, asked),
+        "val/rows": asked,
+        "val/unusable_rows": unusable,
     }
 
 

@@ -13,15 +13,22 @@ STOPPED = 75
 
 
 class StopRequest:
-    """SIGUSR1 or SIGTERM set a flag; the ranks agree on it at the next step."""
+    """Signals that set a flag; the ranks agree on it at the next step."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+
+    def note(self, *numbers: signal.Signals) -> None:
+        """From now on these signals ask for a stop."""
+        for number in numbers:
             signal.signal(number, self._note)
 
     def _note(self, *_: object) -> None:
         self.requested = True
+
+
+STOP = StopRequest()
+"""This process's."""
 
 
 def ancestors() -> list[tuple[int, str]]:

@@ -27,6 +27,8 @@ from pipeline.export import load_export
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel, add_lora, decay_groups
+from pipeline.plan import settings_hash
+from pipeline.prepare import base_hash
 from pipeline.prompt import RowBuilder
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
@@ -321,6 +323,35 @@ def test_stage_without_its_marker_is_ended_again(data, tmp_path):
     assert losses(out) == before
 
 
+def test_stages_left_with_a_gap_between_them(whole_run, data, tmp_path):
+    """A stage that lacks its marker, and a later one that lacks its end: each goes on from its own checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    for name in ("stage0.done", "stage2.done", "best-stage0.json"):
+        (out / name).unlink()
+    for checkpoint in Checkpoints(out).all():
+        if checkpoint.state.stage == 2:
+            shutil.rmtree(checkpoint.path)
+    train(out, data, ranks=2)
+    assert losses(out) == losses(whole_run)
+    assert all((out / f"stage{stage}.done").exists() for stage in range(3))
+    assert (out / "best-stage0.json").read_text() == (whole_run / "best-stage0.json").read_text()
+
+
+def test_asked_to_stop_while_starting(data, tmp_path):
+    """A signal during imports is remembered."""
+    command = [sys.executable, *launch.arguments(tmp_path / "run", data)]
+    process = subprocess.Popen(command, cwd=launch.ROOT, env=launch.environment(), stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGUSR1 - 1 & 1:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGUSR1)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 75, log
+    assert "stopped on request before the first step" in log
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
 def test_old_checkpoints_go(data, tmp_path):
     """Of those inside a stage only the newest are kept, besides the stage's end and the best."""
     out = tmp_path / "run"
@@ -353,6 +384,10 @@ BAD = {
         ["--model.scratch", "none", "--model.path", "/nowhere/model"],
         "model.path /nowhere/model: no such folder",
     ),
+    "nothing fits a stage": (
+        ["--curriculum.stages", "[{latents: 0, skip: 0, steps: 1, where: {kind: [nothing]}}]"],
+        "stage 0: 0 training samples fit it",
+    ),
     "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all is not there"),
 }
 
@@ -370,6 +405,7 @@ def test_bad_input(whole_run, data, tmp_path, case):
     assert done.returncode == 2, done.stderr
     assert f"error: {message}" in done.stderr.replace(f"{TINY}: ", "")
     assert "Traceback" not in done.stderr
+    assert "ZeRO-3 on" not in done.stderr, "the engine was built first"
 
 
 def test_other_settings_in_a_used_folder(whole_run, data):
@@ -412,8 +448,9 @@ def test_overlong_rows_are_counted(data, tmp_path):
     short = ["--curriculum.stages", look, "--prompt.max_tokens", "130", "--train.val_samples", "0"]
     log = train(tmp_path / "cut", data, *short)
     assert re.search(r"so far 0 bad samples, 0 rows too long, [1-9][0-9]* reasoning steps cut to fit", log)
-    log = train(tmp_path / "skipped", data, *short, "--prompt.overlong", "skip")
-    assert "so far 0 bad samples, 16 rows too long, 0 reasoning steps cut to fit" in log
+    code, log = try_train(tmp_path / "skipped", data, *short, "--prompt.overlong", "skip")
+    assert code == 2
+    assert "error: no row of step 1 can be trained on: 8 are longer than prompt.max_tokens 130" in log
 
 
 def test_damaged_checkpoint_is_refused(data, tmp_path):
@@ -426,7 +463,11 @@ def test_damaged_checkpoint_is_refused(data, tmp_path):
     victim.write_bytes(content)
     code, log = try_train(out, data, "--stages", "1")
     assert code == 2
-    assert f"error: checkpoint {newest.path}: {victim.name} is damaged" in log
+    assert f"error: checkpoint {newest.path}: {victim.name} is damaged; remove this folder" in log
+    before = losses(out)
+    shutil.rmtree(newest.path)
+    train(out, data, "--stages", "0")
+    assert losses(out) == before and newest.path.exists()
 
 
 def test_tensorboard(whole_run):
@@ -457,6 +498,13 @@ def test_tensorboard(whole_run):
     assert [e.value for e in events.Scalars("curriculum/stage")] == [0] * 4 + [1] * 4 + [2] * 4
     last = events.Scalars("latent/coverage")[-1].value
     assert last == pytest.approx(4 / 9), "two steps of two patches of nine"
+
+
+def test_checkpoint_names_its_base_and_settings(whole_run, data):
+    """What resuming compares; config.yaml says the same settings."""
+    state = Checkpoints(whole_run).all()[-1].state
+    assert state.base_hash == base_hash(whole_run / "base", weights=False)
+    assert state.settings_hash == settings_hash(load_config(whole_run / "config.yaml", {}))
 
 
 def test_best_comes_from_validation(whole_run):

@@ -325,3 +325,55 @@ def test_recipes_found() -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().train.seed = 3  # type: ignore[misc]
+
+
+# ---- YAML as people mean it -------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["train: {seed: 1}\noptim: {lr: 1}\ntrain: {seed: 2}\n", "train: {seed: 1, seed: 2}"])
+def test_a_key_given_twice_is_refused(write, text: str) -> None:
+    (line,) = problems(write(text), SOUND)
+    assert "is given twice" in line and "recipe.yaml" in line
+
+
+def test_a_merged_key_may_be_given_again(write) -> None:
+    stages = "[&one {latents: 1, skip: 1, steps: 4}, &two {<<: *one, steps: 5}, {<<: *two, latents: 2}]"
+    config = load(write(f"curriculum: {{stages: {stages}}}"))
+    assert [(s.latents, s.steps) for s in config.curriculum.stages] == [(1, 4), (1, 5), (2, 5)]
+
+
+def test_no_base_60(write) -> None:
+    """YAML 1.1 reads 1:30 as 90."""
+    for recipe, overrides in ((None, {"train.global_batch": "1:30"}), (write("train: {global_batch: 1:30}"), {})):
+        (line,) = problems(recipe, {**SOUND, **overrides})
+        assert "train.global_batch: Input should be a valid integer" in line
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "name: 2025-13-45"], ids=["deep", "no date"])
+def test_yaml_that_no_reader_takes(write, text: str) -> None:
+    (line,) = problems(write(text), SOUND)
+    assert "not YAML" in line
+    (line,) = problems(None, {**SOUND, "data.options": text.removeprefix("name: ")})
+    assert "data.options: Input should be a valid dictionary" in line
+
+
+# ---- bounds -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.scratch.hidden_size", "0"),
+        ("model.scratch.hidden_size", "-64"),
+        ("model.scratch.intermediate_size", "0"),
+        ("model.scratch.vision_size", "-4"),
+        ("model.scratch.vision_heads", "0"),
+        ("model.scratch.initializer_range", "-1"),
+        ("model.lora.alpha", "0"),
+        ("model.lora.targets", "[]"),
+        ("model.lora.targets", "['q_(']"),
+        ("train.seed", "1" * 23),
+        ("curriculum.stages", "[{latents: 0, skip: 0, epochs: 1.0e+300}]"),
+        ("curriculum.stages", "[{latents: 0, skip: 0, steps: 1000000000000000000000}]"),
+    ],
+)
+def test_bounds(name: str, text: str) -> None:
+    model = {"model.scratch": "{}"} if "scratch" in name else {"model.path": "m"}
+    (line,) = problems(None, {"data.path": "d", **model, name: text})
+    assert name in line

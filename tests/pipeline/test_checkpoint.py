@@ -1,0 +1,122 @@
+"""Checkpoints on disk: damage is found, the best and the newest stay, a full disk is one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from data_prep.errors import UserError
+from data_prep.files import sha256
+from pipeline import distributed
+from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.distributed import World
+from pipeline.keep import Keeper, full_disk_told
+from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoint
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Checkpoint:
+    folder = write_checkpoint(tmp_path, STATE)
+    entry = {"bytes": (folder / "state.json").stat().st_size, "sha256": sha256(folder / "state.json")}
+    (folder / "manifest.json").write_text(json.dumps({"state.json": entry}))
+    return Checkpoint(folder, STATE)
+
+
+def test_sound(sound: Checkpoint) -> None:
+    assert sound.damaged() == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state.json": 3}', '{"state.json": {"bytes": 1}}'])
+def test_damaged_manifest(sound: Checkpoint, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sound.path / "manifest.json").write_text(text)
+    assert sound.damaged() == "manifest.json"
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    with pytest.raises(UserError, match=r"manifest.json is damaged; remove this folder to use the one before"):
+        Checkpoints(sound.path.parents[1]).load(None, sound, World(), False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"stage": 1}', '{"stage": "one"}'])
+def test_damaged_state(sound: Checkpoint, text: str) -> None:
+    (sound.path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"state.json is damaged or of another version; remove this folder"):
+        Checkpoints(sound.path.parents[1]).all()
+
+
+def name_best(out: Path, stage: int, step: int, accuracy: float = 0.5) -> None:
+    named = {"checkpoint": f"stage{stage}-step{step:06d}", "val/accuracy": accuracy}
+    (out / f"best-stage{stage}.json").write_text(json.dumps(named))
+
+
+def test_best(tmp_path: Path) -> None:
+    checkpoints = run_folder(tmp_path, 0)
+    assert checkpoints.best(0) is None
+    name_best(tmp_path, 0, 8)
+    assert checkpoints.best(0) == ("stage0-step000008", 0.5)
+    name_best(tmp_path, 0, 5)
+    assert checkpoints.best(0) is None, "its checkpoint is gone"
+    for text in ("", "{}", "[]", '{"checkpoint": "stage0-step000008", "val/accuracy": null}'):
+        (tmp_path / "best-stage0.json").write_text(text)
+        assert checkpoints.best(0) is None
+
+
+def test_prune(tmp_path: Path) -> None:
+    checkpoints = run_folder(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, replace(STATE, stage=1, step=step))
+    name_best(tmp_path, 1, 2)
+    (tmp_path / "best-stage0.json").write_text("")
+    checkpoints.prune(1)
+    assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
+
+
+def test_best_is_named_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, the next start finds no best, and so validates the step again."""
+    monkeypatch.setattr(distributed, "from_main", lambda value: value)
+    parts: Any = SimpleNamespace(indexes={"train": SimpleNamespace(index_hash="i")}, base_hash="b", engine=None)
+    plan: Any = SimpleNamespace(
+        config=settings(),
+        out=tmp_path,
+        triangle=SimpleNamespace(global_batch=8),
+        ds={"zero_optimization": {"stage": 2}},
+    )
+    log: Any = SimpleNamespace(info=print)
+    keeper = Keeper(plan, parts, World(), SimpleNamespace(lost=""), log)  # type: ignore[arg-type]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keeper.save(0, 8, 8, 8, {"val/accuracy": 0.25})
+    assert (tmp_path / "best-stage0.json").exists() and keeper.best(0) == -1
+    write_checkpoint(tmp_path, STATE)
+    assert keeper.best(0) == 0.25
+
+
+FULL = [
+    OSError(28, "No space left on device"),
+    OSError(122, "Disk quota exceeded"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534\nand more"),  # torch
+    RuntimeError("basic_ios::clear: iostream error"),  # torch
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+"""What a write to a full disk raised, by library."""
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_full_disk(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(UserError) as caught, full_disk_told(tmp_path):
+        raise error
+    (line,) = caught.value.lines
+    assert "could not be written" in line and "free some disk space" in line and "\n" not in line
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), full_disk_told(tmp_path):
+        raise RuntimeError("a bug")

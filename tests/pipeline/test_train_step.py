@@ -1,0 +1,163 @@
+"""What stops an update, and what a run's numbers survive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from pipeline import distributed
+from pipeline import train as module
+from pipeline import validate as validation
+from pipeline.batch import Batch, Row, collate, masked_row
+from pipeline.engine import Triangle
+from pipeline.monitor import Monitor, Stopwatch
+from pipeline.summary import stage_losses
+from pipeline.train import Run
+from tests.pipeline.test_plan import settings
+from tests.pipeline.tiny import FORMAT
+
+CPU = torch.device("cpu")
+
+
+class Engine:
+    """Answers with given numbers, and remembers whether it was stepped."""
+
+    def __init__(self, nll: float, norm: float | None) -> None:
+        self.nll, self.norm, self.stepped = nll, norm, False
+        self.optimizer = SimpleNamespace(param_groups=[{"weight_decay": 0.0}])
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.tensor(self.nll), {}
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def step(self) -> None:
+        self.stepped = True
+
+    def get_global_grad_norm(self) -> float | None:
+        return self.norm
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(module, "total", lambda values, device: [float(value) for value in values])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    run: Any = Run.__new__(Run)
+    run.config, run.out, run.device, run.world = settings(), tmp_path, CPU, distributed.World()
+    run.plan, run.stop = SimpleNamespace(triangle=Triangle(2, 2, 1, 1)), SimpleNamespace(requested=False)
+    run.bad_keys, run.dropped_steps, run.overlong = set(), 0, 0
+    run.said = []
+    run.log = SimpleNamespace(
+        warning=lambda *a: run.said.append(a[0] % a[1:]), error=lambda *a: run.said.append(a[0] % a[1:])
+    )
+    return run
+
+
+def rows(*targets: int) -> list[Batch]:
+    """One micro-batch; a row without any target is too long."""
+    made = [
+        Row(f"row{i}", i, [10], np.zeros((3, 1), dtype=np.int64), target_ids=[11] * n)
+        if n
+        else masked_row(FORMAT, f"row{i}", overlong=True)
+        for i, n in enumerate(targets)
+    ]
+    return [collate(made, FORMAT, 0)]
+
+
+def step(run: Any, batches: list[Batch], nll: float = 2.0, norm: float | None = 1.0) -> Any:
+    run.engine = Engine(nll, norm)
+    return run.train_step(batches, 1e-3, 4, Stopwatch(CPU, exact=False))
+
+
+def test_sound_step(run: Run) -> None:
+    result = step(run, rows(2, 0))
+    assert (result.loss, result.grad_norm, run.overlong) == (1.0, 1.0, 1)
+    assert step(run, rows(2, 0), norm=None).grad_norm == 0.0
+
+
+def test_step_of_nothing_is_refused(run: Any) -> None:
+    with pytest.raises(UserError, match="no row of step 5 can be trained on: 2 are longer than prompt.max_tokens 3400"):
+        step(run, rows(0, 0))
+    assert not run.engine.stepped
+
+
+def test_bad_rows_are_named_before_a_step_of_nothing_is_refused(run: Any) -> None:
+    batches = [collate([masked_row(FORMAT, "row0", "torn")], FORMAT, 0)]
+    with pytest.raises(UserError, match="1 could not be used"):
+        step(run, batches)
+    assert run.said == ["skipped row0: torn"]
+
+
+@pytest.mark.parametrize(
+    ("nll", "norm"),
+    [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, float("inf")), (2.0, -1.0)],
+)
+def test_divergence_stops_the_run(run: Any, nll: float, norm: float) -> None:
+    with pytest.raises(UserError) as caught:
+        step(run, rows(2, 2), nll, norm)
+    (line,) = caught.value.lines
+    assert line.startswith("step 5: the loss is ") and f"the gradient norm {norm}" in line and "1.0e-03" in line
+    assert run.said == ["rows of step 5 on this rank: row0, row1"]
+
+
+# ---- validation -------------------------------------------------------------------------------
+def test_validation_says_how_many_rows_it_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty slot counts as nothing; a row that is bad or too long as one that could not be used."""
+    monkeypatch.setattr(validation, "total", lambda values, device: [float(value) for value in values])
+    batch = collate(
+        [*(masked_row(FORMAT, "row0", bad, overlong) for bad, overlong in (("torn", False), ("", True))),
+         masked_row(FORMAT), Row("row3", 3, [10], np.zeros((3, 1), dtype=np.int64), target_ids=[11])],
+        FORMAT, 0,
+    )  # fmt: skip
+    example: Any = SimpleNamespace(choices=["a", "b"], answer=1)
+    builder: Any = SimpleNamespace(
+        processor=SimpleNamespace(eos_id=1, decode=lambda ids: "Therefore, the answer is B"),
+        config=SimpleNamespace(answer="letter"),
+    )
+
+    class Validated(Engine):
+        def __call__(self, batch: Batch, answer: Any = None) -> Any:
+            return ([[1]] * 4, [3] * 4) if answer else super().__call__(batch)
+
+        def zero_optimization_partition_weights(self) -> bool:
+            return False
+
+        def eval(self) -> None: ...
+
+        def train(self) -> None: ...
+
+    data = validation.ValidationSet([batch], [[None, None, None, example]])
+    found = validation.validate(Validated(2.0, 1.0), data, builder, 4, CPU)
+    assert found == {
+        "val/loss": 2.0, "val/accuracy": 1.0, "val/autoregressive_steps": 3.0, "val/rows": 1.0,
+        "val/unusable_rows": 2.0,
+    }  # fmt: skip
+
+
+# ---- metrics.jsonl ----------------------------------------------------------------------------
+LINES = ['{"global_step": 0, "stage": 0, "loss": 3.0}', "\0\0", '{"global_step": 1, "stage": 0, "loss": 2.0}']
+
+
+def test_metrics_after_a_crash(tmp_path: Path) -> None:
+    """Lines from the first step on go, and so do damaged ones."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*LINES, '{"global_step": 2, "stage": 0, "loss": 1.0}', '{"global_st']))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2"):
+        stage_losses(tmp_path)
+    Monitor(tmp_path, True, 2, "").close()
+    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [0, 1]
+    assert stage_losses(tmp_path) == ({0: 2}, {0: 2.5})
+
+
+def test_metrics_where_nothing_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    Monitor(tmp_path, True, None, "").close()
+    assert path.read_text() == "\n".join(LINES) + "\n"
