@@ -6,7 +6,7 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.cli import unknown_options
 from data_prep.errors import UserError
-from data_prep.files import parse_json
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
+from pipeline.user_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -236,38 +236,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, but a key that is given twice is refused, and `1:30` is text (YAML 1.1 counts it as 90)."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
-
-
-def _without_base_60(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _without_base_60(yaml.SafeLoader.construct_yaml_int))
-_Loader.add_constructor("tag:yaml.org,2002:float", _without_base_60(yaml.SafeLoader.construct_yaml_float))
-
-
-def read_yaml(text: str) -> Any:
-    """The values of a YAML text.  Raises ValueError, whatever is wrong with it."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def inconsistencies(config: RunConfig) -> Iterator[str]:
     """What is wrong between fields, one line each."""
     model, train = config.model, config.train
@@ -291,21 +259,6 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
     stages = config.curriculum.stages
     if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.patches_taken + 1):
         yield "prompt.max_tokens leaves no room besides the latent columns"
-
-
-def load_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.  Raises UserError with one line where it cannot be had."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{what} {path}: not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{what} {path}: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path}: expected an object")
-    return value
 
 
 def _value(text: str, annotation: Any) -> Any:

@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.backbones.weights import incomplete
-from pipeline.config import LoraConfig, RunConfig, explain, load_json
+from pipeline.config import LoraConfig, RunConfig, explain
 from pipeline.latent.forward import LatentConfig
 from pipeline.model import LatentModel
 from pipeline.prepare import base_hash, data_folder, in_a_line
 from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.user_files import load_json
 
 FORMAT = 1
 FILE = "latent_config.json"

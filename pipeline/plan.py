@@ -13,9 +13,10 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
-from pipeline.config import RunConfig, read_yaml
-from pipeline.engine import Triangle, batch_triangle, check_ds_config, load_ds_config
+from pipeline.config import RunConfig
+from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
 from pipeline.prepare import check_base, check_data, check_made_from, data_folder
+from pipeline.user_files import read_yaml
 
 FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",

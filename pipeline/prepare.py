@@ -32,9 +32,10 @@ from data_prep.files import sha256
 from data_prep.index import ShardIndex, open_split, read_manifest
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, ModelConfig, RunConfig, load_json
+from pipeline.config import ROOT, ModelConfig, RunConfig
 from pipeline.model import lora_scope
 from pipeline.prompt import Processor, PromptConfig
+from pipeline.user_files import load_json
 
 READER_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",

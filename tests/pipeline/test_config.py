@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from pipeline.config import ROOT, RunConfig, field_names, load_config, load_json
+from pipeline.config import ROOT, RunConfig, field_names, load_config
+from pipeline.user_files import load_json
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SOUND = {"model.path": "model", "data.path": "data"}

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.config import ROOT, RunConfig, load_config
-from pipeline.engine import Triangle, check_ds_config, fill_auto, load_ds_config
+from pipeline.ds_config import Triangle, check_ds_config, fill_auto, load_ds_config
 
 TRIANGLE = Triangle(24, 2, 6, 2)
 

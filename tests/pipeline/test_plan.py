@@ -11,7 +11,7 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.checkpoint import Checkpoints, RunState
 from pipeline.config import RunConfig, load_config
-from pipeline.engine import Triangle
+from pipeline.ds_config import Triangle
 from pipeline.plan import (
     check_same_run,
     done_marker,

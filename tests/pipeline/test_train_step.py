@@ -16,7 +16,7 @@ from pipeline import distributed
 from pipeline import train as module
 from pipeline import validate as validation
 from pipeline.batch import Batch, Row, collate, masked_row
-from pipeline.engine import Triangle
+from pipeline.ds_config import Triangle
 from pipeline.monitor import Monitor, Stopwatch
 from pipeline.summary import stage_losses
 from pipeline.train import Run
