@@ -216,6 +216,7 @@ def table(result: Result) -> str:
     shown = {measure: unit for measure, unit in units.items() if result[measure]}
     names = [*result["flops"]]
     names += [name for name in result["gather_bytes"] if name not in names and name != "parameters"]
+    columns = result["columns"]["step"]
     lines = [f"{'step':<26}" + "".join(f"{label:>11}{'ratio':>8}" for label, _ in shown.values())]
     for name in names:
         base = "ordinary" + name.removeprefix(
@@ -225,6 +226,9 @@ def table(result: Result) -> str:
         for measure, (_, unit) in shown.items():
             value, ordinary = (result[measure].get(n) for n in (name, base))
             cells += f"{value / unit:>11.3f}{value / ordinary:>8.3f}" if value and ordinary else " " * 19
+        if on_gpu() and name in result["seconds"]:
+            per_second = result["flops"][name] / result["seconds"][name], columns / result["seconds"][name]
+            cells += f"{per_second[0] / 1e12:>10.1f} TFLOP/s{per_second[1]:>10.0f} columns/s"
         lines.append(f"{name:<26}{cells}".rstrip())
     lines.append(f"keys and values kept by segmented_bptt: {result['kept_bytes']['segmented_bptt'] / 1e6:.1f} MB")
     return "\n".join(lines)

@@ -14,12 +14,12 @@ from data_prep.index import read_manifest
 from pipeline import evaluate
 from pipeline.backbones import BACKBONES
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import load_json
 from pipeline.evaluate import exports_of
 from pipeline.export import FILE, ExportInfo, load_export
 from pipeline.prepare import base_hash
 from pipeline.score import read_reports
 from pipeline.summary import lines
+from pipeline.user_files import load_json
 from tests.launch import train
 from tests.test_training import lora_settings, options_of
 
