@@ -29,6 +29,11 @@ STEPS = ("ordinary", "segmented", "segmented_bptt", "prepass", "naive")
 
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "text": {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "mrope_section": [4, 6, 6]},
+        "vision": {"depth": 1, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2},
+    },
     "small": {
         "text": {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
                  "num_attention_heads": 8, "num_key_value_heads": 4, "mrope_section": [8, 12, 12]},
@@ -45,7 +50,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     },
 }  # fmt: skip
-"""small: minutes on two cores; 2b and 7b: Qwen2-VL's own shapes."""
+"""tiny: to see that it runs; small: minutes on two cores; 2b and 7b: Qwen2-VL's own shapes."""
 
 
 def model_config(shape: str = "small") -> Qwen2VLConfig:

@@ -42,7 +42,7 @@ def main(
     patches: int = 32,
     tokens: int = 10,
     text: int = 60,
-    shape: Literal["small", "2b", "7b"] = "small",
+    shape: Literal["tiny", "small", "2b", "7b"] = "small",
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["fp32", "bf16"] = "fp32",
     json: Path | None = None,

@@ -69,8 +69,8 @@ TRACED = 4
 """Runs until DeepSpeed follows a step: one breaks the order of modules before it, one is recorded, two follow"""
 
 
-def main(*, json_file: Path, latents: int = 3) -> None:
-    """Write {step and variant: bytes}, and `parameters`: the bytes of all of them.
+def main(*, json_file: Path, latents: int = 3, shape: str = "small") -> None:
+    """Write {step and variant: bytes}, and `parameters`: the bytes of all of them; --shape as of step_cost.
 
     The traffic does not depend on the number of columns: few are used.
     """
@@ -81,7 +81,7 @@ def main(*, json_file: Path, latents: int = 3) -> None:
     config = LatentConfig(num_patches=2, latent_grad="detach")
     found: dict[str, int] = {}
     for suffix, variant in VARIANTS.items():
-        engine = make_engine(**variant)
+        engine = make_engine(**variant, shape=shape)
         for name in STEPS:
             for _ in range(TRACED):
                 traffic.bytes = 0
@@ -95,7 +95,7 @@ def main(*, json_file: Path, latents: int = 3) -> None:
     distributed.stop()
 
 
-def make_engine(ds: str, checkpointing: bool, lora: bool) -> deepspeed.DeepSpeedEngine:
+def make_engine(ds: str, checkpointing: bool, lora: bool, shape: str) -> deepspeed.DeepSpeedEngine:
     """The benchmarks' model under ZeRO-3 with every parameter partitioned, however small."""
     config = json.loads((ROOT / "ds_configs" / f"{ds}.json").read_text())
     zero = config["zero_optimization"] | {"overlap_comm": False, "stage3_param_persistence_threshold": 0}
@@ -103,7 +103,7 @@ def make_engine(ds: str, checkpointing: bool, lora: bool) -> deepspeed.DeepSpeed
     micro = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config |= {"zero_optimization": zero, **micro, "gradient_clipping": 1.0, "steps_per_print": 10**9}
     config["bf16"] = {"enabled": False}
-    module = Steps(make_model(lora=lora, checkpointing=checkpointing))
+    module = Steps(make_model(lora=lora, checkpointing=checkpointing, shape=shape))
     trained = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(trained, lr=1e-6), config=config)
     return engine

@@ -96,7 +96,7 @@ def main(
     batch: int = 2,
     text: int = 60,
     rest: int = 60,
-    shape: Literal["small", "2b", "7b"] = "small",
+    shape: Literal["tiny", "small", "2b", "7b"] = "small",
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["fp32", "bf16"] = "fp32",
     variants: str = "plain,ckpt,lora,lora_ckpt",
@@ -113,6 +113,8 @@ def main(
     problems += [
         f"--{name} must be 1 or more" for name, n in (("repeats", repeats), ("batch", batch), ("rest", rest)) if n < 1
     ]
+    if gather and shape in ("2b", "7b"):
+        problems.append(f"--shape {shape}: two ranks of it do not fit here; add --gather false")
     if device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: PyTorch sees no GPU here")
     if problems:
@@ -128,7 +130,7 @@ def main(
         result["kept_bytes"] = {"segmented_bptt": float(kept_bytes(backbone, rows, config))}
         del backbone
     if gather:
-        result["gather_bytes"] = gathered()
+        result["gather_bytes"] = gathered(shape)
     result["columns"] = {"step": float(columns_of(rows, config))}
     print(table(result))
     if json:
@@ -179,12 +181,12 @@ def kept_bytes(backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> int:
     return 2 * text.num_hidden_layers * columns_of(batch, config) * width * size
 
 
-def gathered() -> dict[str, float]:
+def gathered(shape: str) -> dict[str, float]:
     """`gather` on two ranks of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "gather.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launcher, "-m", "benchmarks.gather", "--json_file", str(out)]
+        command = [*launcher, "-m", "benchmarks.gather", "--json_file", str(out), "--shape", shape]
         ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if ran.returncode:
             raise UserError("the two-rank run failed:", *ran.stderr.splitlines()[-5:])

@@ -1,0 +1,85 @@
+"""The benchmarks' commands, and the counts that do not depend on the machine: work, memory, traffic, calls."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import make_batch, make_model
+from benchmarks.step_cost import VARIANTS, Bench, kept_bytes
+from pipeline.latent.forward import LatentConfig
+from tests.launch import ROOT, environment
+
+
+def run(module: str, out: Path, *options: str) -> dict[str, dict[str, float]]:
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--shape", "tiny", "--repeats", "1", *options]
+    done = subprocess.run([*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ratio" in done.stdout or "to latent" in done.stdout
+    return json.loads(out.read_text())
+
+
+def bench(variant: str) -> Bench:
+    return Bench(make_model(**VARIANTS[variant]), make_batch(3), LatentConfig(latent_grad="detach"))
+
+
+def test_work_of_a_step() -> None:
+    """In FLOPs: every column once."""
+    counted = bench("plain")
+    ordinary = counted.flops("ordinary")
+    assert counted.flops("segmented") <= 1.01 * ordinary
+    assert counted.flops("segmented_bptt") <= 1.01 * ordinary
+    assert counted.flops("prepass") <= 1.45 * ordinary
+    assert counted.flops("naive") > 2 * ordinary
+
+
+@pytest.mark.parametrize("variant", ["ckpt", "lora_ckpt"])
+def test_live_memory_of_a_checkpointed_step(variant: str) -> None:
+    """Between forward and backward: layers' inputs as in an ordinary step, and with bptt the kept keys and values."""
+    counted = bench(variant)
+    ordinary = counted.live_bytes("ordinary")
+    assert counted.live_bytes("prepass") <= 1.02 * ordinary
+    assert counted.live_bytes("segmented") <= 1.05 * ordinary
+    kept = kept_bytes(counted.backbone, counted.batch, counted.config)
+    assert ordinary < counted.live_bytes("segmented_bptt") <= 1.05 * ordinary + kept
+    assert counted.live_bytes("naive") > 2 * ordinary
+
+
+def test_step_cost_and_traffic(tmp_path: Path) -> None:
+    """Parameters gathered by one of two ranks under ZeRO-3: once a step where they stay, else a pass at a time."""
+    found = run("step_cost", tmp_path / "step.json", "--variants", "plain,ckpt")
+    for measure in ("flops", "live_bytes", "gather_bytes", "seconds"):
+        assert {"ordinary", "naive", "segmented", "prepass", "segmented_ckpt"} <= found[measure].keys()
+    gathered = found["gather_bytes"]
+    for name in ("segmented", "segmented_bptt", "prepass"):
+        assert gathered[f"{name}_resident"] <= 1.05 * gathered["ordinary_resident"]
+    assert gathered["ordinary_resident"] <= 1.01 * gathered["parameters"]
+    assert gathered["prepass"] <= 2.45 * gathered["ordinary"]
+    assert gathered["prepass_ckpt"] <= 2.45 * gathered["ordinary_ckpt"]
+    assert gathered["segmented_ckpt"] <= 2.45 * gathered["ordinary_ckpt"]
+    assert gathered["segmented_ckpt"] < gathered["segmented_bptt_ckpt"]
+
+
+def test_decode_cost(tmp_path: Path) -> None:
+    found = run("decode_cost", tmp_path / "decode.json")
+    assert found["seconds"].keys() == found["forward_calls"].keys()
+    assert found["forward_calls"]["latent_b1"] == found["forward_calls"]["latent_b8"] == 1 + 3 + 10
+    assert found["forward_calls"]["cot100_b1"] == 100 and found["forward_calls"]["cot180_b8"] == 180
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "plain,cpkt"], "--variants cpkt: expected some of plain, ckpt, lora, lora_ckpt"),
+        (["--repeats", "0"], "--repeats must be 1 or more"),
+        (["--shape", "7b"], "two ranks of it do not fit"),
+    ],
+)
+def test_wrong_options(options: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.step_cost", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
