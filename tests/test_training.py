@@ -99,8 +99,10 @@ def test_zero3_equals_plain_pytorch_lora(whole_run, data, tmp_path):
     assert sizes < (whole_run / "export" / "stage0" / "model.safetensors").stat().st_size, "frozen weights are stored"
 
 
-@pytest.mark.parametrize("ds", ["zero3", "zero3_lean"])
-@pytest.mark.parametrize("schedule", ["whole layers", "prepass", "segmented"])
+@pytest.mark.parametrize(
+    ("schedule", "ds"),
+    [("whole layers", "zero3"), ("whole layers", "zero3_lean"), ("prepass", "zero3_lean"), ("segmented", "zero3")],
+)
 def test_zero3_equals_plain_pytorch_detached(whole_run, data, tmp_path, schedule, ds):
     """Every schedule of `detach`, whether parameters stay gathered between the passes or not."""
     settings = {
