@@ -31,7 +31,7 @@ GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced")
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {"ds": "zero3_lean", "checkpointing": False, "lora": False},
     "_ckpt": {"ds": "zero3_lean", "checkpointing": True, "lora": False},
-    "_lora": {"ds": "zero3_lean", "checkpointing": True, "lora": True},
+    "_lora_ckpt": {"ds": "zero3_lean", "checkpointing": True, "lora": True},
     "_resident": {"ds": "zero3_resident", "checkpointing": True, "lora": False},
 }
 

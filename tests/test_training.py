@@ -390,7 +390,10 @@ BAD = {
         ["--curriculum.stages", "[{latents: 0, skip: 0, steps: 1, where: {kind: [nothing]}}]"],
         "stage 0: 0 training samples fit it",
     ),
-    "no data": (["--data", "/nowhere/at/all", "--data.source", "none"], "/nowhere/at/all is not there"),
+    "no data": (
+        ["--data", "/nowhere/at/all", "--data.source", "none"],
+        "the shard folder /nowhere/at/all is not there",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The command at work with two workers, which would go on for many minutes."""
     words = ["--source=trails", "--train=500000", "--samples_per_shard=100000", "--workers=2"]
     command = [sys.executable, "-m", "data_prep.shard", *words, f"--out={tmp_path / 'out'}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heed_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores them
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
         deadline = time.monotonic() + 60
         while len(list((tmp_path / "out").glob("*.tar.tmp"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
