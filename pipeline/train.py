@@ -195,11 +195,10 @@ class Run:
         mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]
         everywhere, columns, bad, dropped, overlong, stopping = (int(n) for n in total(mine, self.device))
         self._note_bad(micro_batches, bad)
-        if not everywhere:
+        if not everywhere and not bad:  # bad rows have a limit of their own
             raise UserError(
                 f"no row of step {global_step + 1} can be trained on: {overlong} are longer than prompt.max_tokens"
-                f" {self.config.prompt.max_tokens}, {bad} could not be used; raise prompt.max_tokens, or see"
-                f" {self.out / 'logs'}"
+                f" {self.config.prompt.max_tokens}; raise it"
             )
         losses = torch.zeros((), device=self.device)
         statistics: dict[str, torch.Tensor] = {}

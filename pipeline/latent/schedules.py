@@ -53,7 +53,7 @@ def choose_schedule(wanted: Wanted, *, latent_grad: str, checkpointing: bool, dr
     if wanted == "segmented":
         return Schedule(whole_layers=whole, reason="asked for")
     if whole:
-        return Schedule(whole_layers=True, reason="detach with checkpointing: the work and gathers of an ordinary step")
+        return Schedule(whole_layers=True, reason="detach with checkpointing: each layer once forward, once backward")
     if gathers:
         return Schedule("prepass", reason="every pass gathers the parameters: one backward gathers them once")
     return Schedule(reason="parameters stay: a prepass would be a forward more")

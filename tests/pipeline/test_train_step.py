@@ -88,11 +88,10 @@ def test_step_of_nothing_is_refused(run: Any) -> None:
     assert not run.engine.stepped
 
 
-def test_bad_rows_are_named_before_a_step_of_nothing_is_refused(run: Any) -> None:
-    batches = [collate([masked_row(FORMAT, "row0", "torn")], FORMAT, 0)]
-    with pytest.raises(UserError, match="1 could not be used"):
-        step(run, batches)
-    assert run.said == ["skipped row0: torn"]
+def test_a_step_of_bad_rows_is_taken(run: Any) -> None:
+    """They are few, as data.max_bad says: the run goes on."""
+    step(run, [collate([masked_row(FORMAT, "row0", "torn")], FORMAT, 0)])
+    assert run.said == ["skipped row0: torn"] and run.engine.stepped
 
 
 @pytest.mark.parametrize(
