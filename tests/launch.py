@@ -17,9 +17,10 @@ TINY = ROOT / "tests" / "tiny.yaml"
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's, with one thread a rank and the interpreter's own programs first."""
+    """This process's, with one thread a rank and the interpreter's own programs first; ranks can show their stacks."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **extra}
+    ours = {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **ours, "HF_HUB_OFFLINE": "1", **extra}
 
 
 def free_port() -> int:
@@ -63,13 +64,26 @@ def try_train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "z
         for rank in range(ranks)
     ]  # fmt: skip
     try:
-        code = processes[0].wait(timeout=300)
+        code = wait(processes[0], out, 300)
         if code == 0:
-            code = max(process.wait(timeout=60) for process in processes)
+            code = max(wait(process, out, 60) for process in processes)
     finally:
         for process in processes:
             kill_tree(process)
     return code, Path(f"{out}.log").read_text()
+
+
+def wait(process: subprocess.Popen, out: Path, seconds: float) -> int:
+    """Exit status.  A run that does not end fails the test, showing where every process of it stands."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for pid in training_processes(out):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER writes the stacks of all threads
+        time.sleep(2)
+        kill_tree(process)
+        raise AssertionError(f"not ended after {seconds:.0f} s\n{Path(f'{out}.log').read_text()[-20000:]}") from None
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -94,6 +108,12 @@ def wait_for_step(out: Path, global_step: int, process: subprocess.Popen, second
 
 def rank_processes(out: Path) -> list[int]:
     """Process ids of the training ranks of a run folder, without their launchers and loader workers."""
+    parents = training_processes(out)
+    return sorted(pid for pid, parent in parents.items() if parent not in parents)
+
+
+def training_processes(out: Path) -> dict[int, int]:
+    """Process id -> its parent's, of the ranks of a run folder and their loader workers."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -104,7 +124,7 @@ def rank_processes(out: Path) -> list[int]:
                 continue
             if b"pipeline/train.py" in words[:3] and str(out).encode() in words:
                 parents[int(entry.name)] = parent
-    return sorted(pid for pid, parent in parents.items() if parent not in parents)
+    return parents
 
 
 def kill_tree(process: subprocess.Popen) -> None:

@@ -179,7 +179,7 @@ def test_base_without_all_weights(whole_run, data, tmp_path, ds, change):
     out = tmp_path / "run"
     process = launch.launch(out, data, "--model.scratch", "none", "--model.path", str(base), ds=ds)
     try:
-        assert process.wait(timeout=120) != 0
+        assert launch.wait(process, out, 120) != 0
     finally:
         launch.kill_tree(process)
     log = Path(f"{out}.log").read_text()
@@ -221,7 +221,7 @@ def test_asked_to_stop(whole_run, data, tmp_path):
     launch.wait_for_step(out, 9, process)
     os.kill(launch.rank_processes(out)[-1], signal.SIGUSR1)
     try:
-        assert process.wait(timeout=120) == 75
+        assert launch.wait(process, out, 120) == 75
     finally:
         launch.kill_tree(process)
     assert "stopped on request at stage 1" in Path(f"{out}.log").read_text()
@@ -278,7 +278,7 @@ def test_killed_and_resumed(whole_run, data, tmp_path, victim):
     process.wait(timeout=60)
     again = launch.launch(out, data, "--resume", "auto")
     try:
-        assert again.wait(timeout=240) == 0, Path(f"{out}.log").read_text()[-4000:]
+        assert launch.wait(again, out, 240) == 0, Path(f"{out}.log").read_text()[-4000:]
     finally:
         launch.kill_tree(again)
         for pid in launch.rank_processes(out):
@@ -287,6 +287,14 @@ def test_killed_and_resumed(whole_run, data, tmp_path, victim):
     resumed, expected = losses(out), losses(whole_run)
     assert resumed.keys() == expected.keys()
     assert max(abs(resumed[s] - expected[s]) for s in expected) <= 1e-6
+
+
+def test_nothing_stays_in_shared_memory():
+    port = str(launch.free_port())
+    code = "from pipeline import distributed; distributed.start(distributed.World()); distributed.stop()"
+    environment = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_SIZE="1")
+    subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, env=environment, check=True, timeout=120)
+    assert not [name for name in os.listdir("/dev/shm") if port in name]
 
 
 def test_run_folder_in_use(data, tmp_path):
