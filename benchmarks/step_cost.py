@@ -7,6 +7,8 @@ with parameters kept.  Four measures:
     live_bytes     allocated by forward and still held before backward, kept keys and values included
     gather_bytes   parameters gathered by one rank of two under ZeRO-3 (see `gather`)
     seconds        median over repeats that take turns in one process
+
+MFU is the ordinary step's FLOPs without recomputation, over seconds, over what a large matrix product reaches.
 """
 
 from __future__ import annotations
@@ -132,6 +134,7 @@ def main(
     if gather:
         result["gather_bytes"] = gathered(shape)
     result["columns"] = {"step": float(columns_of(rows, config))}
+    result["product_flops_per_second"] = {"product": product_rate(device, kind)}
     print(table(result))
     if json:
         write_json(json, result)
@@ -165,6 +168,19 @@ def measure(bench: Bench, repeats: int, suffix: str, result: Result) -> None:
         for name in STEPS:
             seconds[name].append(bench.seconds(name))
     result["seconds"] |= {name + suffix: statistics.median(values) for name, values in seconds.items()}
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product of matrices, best of 5: what there is to use."""
+    side = 8192 if device == "cuda" else 2048
+    square, seconds = torch.randn(side, side, device=device, dtype=dtype), []
+    for _ in range(6):
+        synchronize()
+        start = time.perf_counter()
+        square @ square
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds[1:])
 
 
 def columns_of(batch: Batch, config: LatentConfig) -> int:
@@ -219,7 +235,9 @@ def table(result: Result) -> str:
     names = [*result["flops"]]
     names += [name for name in result["gather_bytes"] if name not in names and name != "parameters"]
     columns = result["columns"]["step"]
+    product = result["product_flops_per_second"]["product"]
     lines = [f"{'step':<26}" + "".join(f"{label:>11}{'ratio':>8}" for label, _ in shown.values())]
+    lines[0] += f"{'columns/s':>11}{'MFU':>8}"
     for name in names:
         base = "ordinary" + name.removeprefix(
             next(s for s in sorted(STEPS, key=len, reverse=True) if name.startswith(s))
@@ -228,10 +246,12 @@ def table(result: Result) -> str:
         for measure, (_, unit) in shown.items():
             value, ordinary = (result[measure].get(n) for n in (name, base))
             cells += f"{value / unit:>11.3f}{value / ordinary:>8.3f}" if value and ordinary else " " * 19
-        if on_gpu() and name in result["seconds"]:
-            per_second = result["flops"][name] / result["seconds"][name], columns / result["seconds"][name]
-            cells += f"{per_second[0] / 1e12:>10.1f} TFLOP/s{per_second[1]:>10.0f} columns/s"
+        # model FLOPs: those of an ordinary step that recomputes nothing
+        model = result["flops"].get(base.removesuffix("_ckpt"))
+        if model and (seconds := result["seconds"].get(name)):
+            cells += f"{columns / seconds:>11.0f}{model / seconds / product:>8.3f}"
         lines.append(f"{name:<26}{cells}".rstrip())
+    lines.append(f"a large matrix product: {product / 1e12:.2f} TFLOP/s")
     lines.append(f"keys and values kept by segmented_bptt: {result['kept_bytes']['segmented_bptt'] / 1e6:.1f} MB")
     return "\n".join(lines)
 

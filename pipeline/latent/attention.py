@@ -97,27 +97,39 @@ class Pass:
     """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
     tape: LayerTape | None = None
     """Layers' outputs, recorded or given back; see `pipeline.latent.recompute`."""
+    _biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def bias(self, mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """`attention_bias` of a mask that many layers share, made once."""
+        if id(mask) not in self._biases:
+            self._biases[id(mask)] = mask, attention_bias(mask, heads, dtype)  # with the mask: ids are given anew
+        return self._biases[id(mask)][1]
 
     def mean_saliency(self) -> Tensor:
         """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""
         return torch.stack([self.saliency[layer] for layer in sorted(self.saliency)]).mean(0)
 
 
+def attention_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What `grouped_attention` adds to its scores, (B,1,heads*L,T), for `heads` query heads on each key head.
+
+    mask (B,1,L,T) bool.  SDPA would make the same of a mask in every layer, and keep it there for backward.
+    """
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return bias.repeat(1, 1, heads, 1)
+
+
 def grouped_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float = 0.0, scaling: float | None = None
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, dropout: float = 0.0, scaling: float | None = None
 ) -> Tensor:
-    """SDPA of H query heads on G key/value heads, (B,H,L,D).
+    """SDPA of H query heads on G key/value heads, (B,H,L,D); bias: `attention_bias` of H/G heads.
 
     The query heads of a group become more rows on its one key head: a fused kernel on every device, where grouped heads
     with a mask have none on CUDA, and no copy of keys and values for each query head.
     """
     batch, heads, length, size = query.shape
-    groups = keys.shape[1]
-    each = heads // groups
-    rows = query.reshape(batch, groups, each * length, size)
-    out = F.scaled_dot_product_attention(
-        rows, keys, values, attn_mask=mask.repeat(1, 1, each, 1), dropout_p=dropout, scale=scaling
-    )
+    rows = query.reshape(batch, keys.shape[1], -1, size)
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, dropout_p=dropout, scale=scaling)
     return out.view(batch, heads, length, size)
 
 
@@ -163,7 +175,8 @@ def latent_attention(
     if latent.read_columns and layer not in latent.saliency:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
-    out = grouped_attention(query, keys, values, attention_mask, dropout, scaling)
+    bias = latent.bias(attention_mask, query.shape[1] // keys.shape[1], query.dtype)
+    out = grouped_attention(query, keys, values, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
