@@ -100,10 +100,14 @@ class Pass:
     _biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def bias(self, mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """`attention_bias` of a mask that many layers share, made once."""
+        """`attention_bias` of a mask that many layers share, made once; `end` forgets it."""
         if id(mask) not in self._biases:
             self._biases[id(mask)] = mask, attention_bias(mask, heads, dtype)  # with the mask: ids are given anew
         return self._biases[id(mask)][1]
+
+    def end(self) -> None:
+        """The last layer has run: with checkpointing, what this holds would be held until backward."""
+        self._biases.clear()
 
     def mean_saliency(self) -> Tensor:
         """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""

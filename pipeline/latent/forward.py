@@ -188,6 +188,7 @@ class LatentForward:
             self.tape.start_pass()
         latent = Pass(self.passes_run, self.kept, columns, tape=self.tape)
         hidden = self.backbone.decode(embeds, positions, self.masks(embeds.shape[1]), latent)
+        latent.end()
         self.passes_run += 1
         return hidden, latent.mean_saliency() if read else hidden.new_empty(0)
 

@@ -120,7 +120,9 @@ def _fixed_then_whole(
     whole = torch.cat([prompt, *latents, targets], dim=1)
     if not whole.requires_grad:  # a checkpointed layer has a graph only where its input has one
         whole.requires_grad_()
-    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), Pass(tape=tape))
+    latent = Pass(tape=tape)
+    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), latent)
+    latent.end()
     start = whole.shape[1] - targets.shape[1]
     width = [step.shape[1] for step in latents]
     ends = [prompt.shape[1] + sum(width[:n]) - 1 for n in range(batch.passes + 1)]
