@@ -294,7 +294,7 @@ def test_nothing_stays_in_shared_memory():
     code = "from pipeline import distributed; distributed.start(distributed.World()); distributed.stop()"
     environment = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_SIZE="1")
     subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, env=environment, check=True, timeout=120)
-    assert not [name for name in os.listdir("/dev/shm") if port in name]
+    assert not list(Path("/dev/shm").glob(f"*{port}*"))
 
 
 def test_run_folder_in_use(data, tmp_path):
