@@ -19,6 +19,7 @@ from data_prep.errors import UserError
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
+from pipeline.registry import load_plugin
 from pipeline.user_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +157,8 @@ class RunConfig(Section):
 
     name: str = "run"
     """Names the default run folder, runs/NAME."""
+    plugin: str | None = None
+    """A Python file of one's own that registers parts of the method (also --plugin; docs/new_method.md)."""
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     latent: LatentConfig = LatentConfig()
@@ -202,6 +205,8 @@ def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterabl
             place[section] = place = dict(inner or {})
         else:
             place[last] = _value(text, known[name])
+    if isinstance(plugin := values.get("plugin"), str):
+        load_plugin(Path(plugin))  # before the names that it registers are checked
     try:
         config = validate(values, str(recipe or "defaults"))
     except UserError as error:
@@ -256,8 +261,11 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
         yield f"train.micro_batch {train.micro_batch} is larger than train.global_batch {train.global_batch}"
     if config.data.path is None and config.data.source is None:
         yield "no data: give --data DIR, or data.source to make one"
-    stages = config.curriculum.stages
-    if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.patches_taken + 1):
+    latents = max(stage.latents for stage in config.curriculum.stages)
+    columns = config.latent.step_columns
+    if columns == 0 and latents:
+        yield "latent.feedback none and latent.selection none: a latent step would have no column"
+    if config.prompt.max_tokens <= latents * (columns or 0):
         yield "prompt.max_tokens leaves no room besides the latent columns"
 
 

@@ -74,6 +74,7 @@ def build_engine(
         dropout=has_dropout(backbone.decoder),
         gathers=triangle.world > 1 and not resident,
     )
+    torch.manual_seed(config.train.seed)  # the parts' parameters begin alike on all ranks
     module = LatentModel(backbone, config.latent, schedule)
     groups = decay_groups(module, o.weight_decay, o.decay_vectors)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)

@@ -11,7 +11,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
 from pipeline.latent.decode import Decoding, Generation, generate
-from pipeline.latent.forward import Backbone, LatentConfig
+from pipeline.latent.forward import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 
@@ -25,11 +25,12 @@ class LatentModel(nn.Module):
         """backbone: one of `pipeline.backbones`, an nn.Module; schedule: how training runs the passes."""
         super().__init__()
         self.backbone, self.latent, self.schedule = backbone, latent, schedule
+        self.method = LatentMethod.of(latent, backbone)
 
     def forward(
         self, batch: Batch, answer: Decoding | None = None
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[list[list[int]], list[int]]:
-        """(sum of NLL over labelled tokens, monitoring sums).
+        """(sum of NLL over labelled tokens, with the auxiliary loss a token; monitoring sums).
 
         With `answer`: (generated ids, autoregressive steps) of each row instead.  Both go through this one call,
         because ZeRO-3 follows the root module's calls.
@@ -37,13 +38,15 @@ class LatentModel(nn.Module):
         if answer is not None:
             out = self.answer(batch, answer)
             return out.tokens, [out.autoregressive_steps(row) for row in range(len(out.tokens))]
-        trace = latent_forward(self.backbone, batch, self.latent, self.schedule)
+        trace = latent_forward(self.backbone, batch, self.method, self.schedule)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
-        return nll.sum(), trace.statistics(batch)
+        # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
+        added = self.latent.auxiliary_weight * self.method.auxiliary(trace, batch) * batch.target_mask.sum(1)
+        return nll.sum() + added.sum(), trace.statistics(batch)
 
     def answer(self, batch: Batch, decoding: Decoding) -> Generation:
         """Answers to the batch's questions, with every latent step's patches."""
-        return generate(self.backbone, batch, self.latent, decoding)
+        return generate(self.backbone, batch, self.method, decoding)
 
 
 def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:

@@ -129,8 +129,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 class RowBuilder:
     """Example -> Row, for one processor and set of options."""
 
-    def __init__(self, processor: Processor, config: PromptConfig, num_patches: int) -> None:
-        """num_patches: K of the latent steps; 0 where none takes any."""
+    def __init__(self, processor: Processor, config: PromptConfig, num_patches: int | None) -> None:
+        """num_patches: K of the latent steps; 0 where none takes any, None where one takes all."""
         self.processor, self.config, self.num_patches = processor, config, num_patches
 
     def prompt_row(self, example: Example, key: str, row_id: int, latents: int, *, show_context: bool = False) -> Row:
@@ -152,7 +152,7 @@ class RowBuilder:
             grids = [grid]
         ids = self.processor.prompt_ids(question_text(example, self.config.context or show_context), grids)
         if latents and grids:
-            check_num_patches(self._image_columns(grids), self.num_patches)
+            check_num_patches(self._image_columns(grids), self.num_patches or 0)
         positions = self.processor.positions(ids, grids)
         return Row(key, row_id, ids, positions, latents=latents, pixel_values=pixels, image_grid=grids)
 
@@ -164,7 +164,8 @@ class RowBuilder:
         row = self.prompt_row(example, key, row_id, latents)
         pieces = [self.processor.text_ids(step + "\n") for step in steps]
         answer = self.processor.text_ids(ANSWER + answer_label(example, self.config.answer)) + [self.processor.eos_id]
-        patches = self.num_patches if row.image_grid else 0
+        all_patches = self._image_columns(row.image_grid)
+        patches = all_patches if self.num_patches is None or not all_patches else self.num_patches
         left = self.config.max_tokens - len(row.prompt_ids) - latents * (patches + 1) - len(answer)
         while left < sum(map(len, pieces)) and pieces and self.config.overlong == "drop_steps":
             pieces.pop()

@@ -95,6 +95,8 @@ class Pass:
     """Read the last query row's attention over the first so many columns (the question's); 0 reads nothing."""
     saliency: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
+    read_gradient: bool = False
+    """Whether what is read stays in the graph."""
     tape: LayerTape | None = None
     """Layers' outputs, recorded or given back; see `pipeline.latent.recompute`."""
     _biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -137,7 +139,6 @@ def grouped_attention(
     return out.view(batch, heads, length, size)
 
 
-@torch.no_grad()
 def last_row_saliency(query: Tensor, keys: Tensor, mask: Tensor, scaling: float, columns: int) -> Tensor:
     """Post-softmax attention of the last query row, mean over query heads, fp32, (B, columns).
 
@@ -176,9 +177,11 @@ def latent_attention(
     keys, values = key, value
     if latent.kept is not None:
         keys, values = latent.kept.extend(latent.index, layer, key, value)
-    if latent.read_columns and layer not in latent.saliency:
+    if latent.read_columns and (layer not in latent.saliency or latent.read_gradient):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
+        with torch.set_grad_enabled(latent.read_gradient and torch.is_grad_enabled()):
+            read = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
+        latent.saliency.setdefault(layer, read)  # run again in backward, a layer must not replace what was read
     bias = latent.bias(attention_mask, query.shape[1] // keys.shape[1], query.dtype)
     out = grouped_attention(query, keys, values, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
