@@ -6,7 +6,7 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -185,12 +185,18 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
                 yield from field_names(section, f"{prefix}{name}.")
 
 
-def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterable[str] = ()) -> RunConfig:
-    """Defaults <- recipe <- overrides (dotted name -> text); `also` are the command's own options, to be suggested.
+def load_config(
+    recipe: Path | Sequence[Path] | None, overrides: Mapping[str, str], also: Iterable[str] = ()
+) -> RunConfig:
+    """Defaults <- recipes, the first to the last <- overrides (dotted name -> text).
 
-    Raises UserError naming every unknown key (with the nearest right name) and every bad value.
+    `also` are the command's own options, to be suggested.  Raises UserError naming every unknown key (with the nearest
+    right name) and every bad value.
     """
-    values = read_recipe(recipe) if recipe else {}
+    recipes = [recipe] if isinstance(recipe, Path) else list(recipe or [])
+    values: dict[str, Any] = {}
+    for path in recipes:
+        values = merged(values, read_recipe(path))
     known = dict(field_names())
     problems = unknown_options(overrides, [*known, *also])
     for name, text in overrides.items():
@@ -208,7 +214,7 @@ def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterabl
     if isinstance(plugin := values.get("plugin"), str):
         load_plugin(Path(plugin))  # before the names that it registers are checked
     try:
-        config = validate(values, str(recipe or "defaults"))
+        config = validate(values, ",".join(map(str, recipes)) or "defaults")
     except UserError as error:
         raise UserError(*problems, *error.lines) from None
     if problems:
@@ -226,6 +232,15 @@ def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
     if problems := list(inconsistencies(config)):
         raise UserError(*(f"{origin}: {line}" for line in problems))
     return config
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `over`, section by section; a list is replaced whole."""
+    both = dict(values)
+    for name, value in over.items():
+        before = both.get(name)
+        both[name] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return both
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

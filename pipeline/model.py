@@ -30,7 +30,7 @@ class LatentModel(nn.Module):
     def forward(
         self, batch: Batch, answer: Decoding | None = None
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[list[list[int]], list[int]]:
-        """(sum of NLL over labelled tokens, with the auxiliary loss a token; monitoring sums).
+        """(sum of NLL over labelled tokens, in training with the auxiliary loss of each; monitoring sums).
 
         With `answer`: (generated ids, autoregressive steps) of each row instead.  Both go through this one call,
         because ZeRO-3 follows the root module's calls.
@@ -40,9 +40,13 @@ class LatentModel(nn.Module):
             return out.tokens, [out.autoregressive_steps(row) for row in range(len(out.tokens))]
         trace = latent_forward(self.backbone, batch, self.method, self.schedule)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
-        # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
-        added = self.latent.auxiliary_weight * self.method.auxiliary(trace, batch) * batch.target_mask.sum(1)
-        return nll.sum() + added.sum(), trace.statistics(batch)
+        loss, sums = nll.sum(), trace.statistics(batch)
+        if self.training:
+            # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
+            added = (self.method.auxiliary(trace, batch) * batch.target_mask.sum(1)).sum()
+            loss = loss + self.latent.auxiliary_weight * added
+            sums |= {"auxiliary": added.detach(), "labels": batch.target_mask.sum().float()}
+        return loss, sums
 
     def answer(self, batch: Batch, decoding: Decoding) -> Generation:
         """Answers to the batch's questions, with every latent step's patches."""

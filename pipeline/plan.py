@@ -201,9 +201,10 @@ def check_same_run(config: RunConfig, out: Path) -> None:
     now = settings_hash(config)
     others = [c.path for c in Checkpoints(out).all() if c.state.settings_hash != now]
     if others:
+        what = f"the settings, or the text of {config.plugin}," if config.plugin else "the settings"
         raise UserError(
             *different_settings(config, out)
-            or [f"the settings are not those that {others[-1]} was trained with; choose another --out"]
+            or [f"{what} are not those that {others[-1]} was trained with; choose another --out"]
         )
 
 

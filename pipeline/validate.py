@@ -10,7 +10,7 @@ import torch
 from data_prep.example import Example
 from data_prep.index import ShardIndex
 from pipeline.batch import Batch, collate
-from pipeline.curriculum import StageConfig
+from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total
 from pipeline.latent.decode import Decoding
 from pipeline.loader import Share, training_row
@@ -31,13 +31,23 @@ class ValidationSet:
 
     @classmethod
     def of(
-        cls, index: ShardIndex, builder: RowBuilder, stage: StageConfig, groups: int, samples: int, share: Share
+        cls,
+        index: ShardIndex,
+        builder: RowBuilder,
+        stage: StageConfig,
+        curriculum: CurriculumConfig,
+        samples: int,
+        share: Share,
     ) -> ValidationSet:
-        """`samples` rows as `stage` shows them; share.micro_batch rows are decoded at once."""
+        """`samples` rows as `stage` shows them, as an answer takes them: every row has the stage's latent steps.
+
+        share.micro_batch rows are decoded at once.
+        """
+        curriculum = curriculum.model_copy(update={"count": "stage"})
         chosen = EpochOrder(index.shard_sizes, SUBSET_SEED, 0, 0).take(0, min(samples, len(index)))
         batches, examples = [], []
         for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
-            built = [training_row(index, builder, int(i), stage, groups) for i in rows]
+            built = [training_row(index, builder, int(i), stage, curriculum) for i in rows]
             batches.append(collate(built, builder.processor.row_format, stage.latents))
             examples.append(
                 [
