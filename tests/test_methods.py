@@ -18,6 +18,8 @@ from pipeline.config import load_config
 from pipeline.engine import add_latent_token
 from pipeline.export import load_export
 from pipeline.latent.decode import Decoding
+from pipeline.latent.parts import WEIGHTINGS
+from pipeline.latent.select import select_patches
 from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel
 from pipeline.prompt import RowBuilder
@@ -88,6 +90,14 @@ def idea(tmp_path_factory):
     path = tmp_path_factory.mktemp("idea") / "mean_four.py"
     path.write_text(found[1])
     return path
+
+
+def test_functions_of_the_documentation() -> None:
+    (text,) = [t for t in (ROOT / "docs" / "new_method.md").read_text().split("```python\n") if "SELECTIONS.add" in t]
+    exec(text.split("```")[0], {})
+    columns, filled = select_patches(torch.rand(1, 6), torch.tensor([[0, 1, 0, 1, 1, 1]]).bool(), 2, selection="first")
+    assert columns.tolist() == [[1, 3]] and filled.all()
+    assert WEIGHTINGS["loud"].factors(torch.rand(1, 6), columns, filled).tolist() == [[2, 2]]
 
 
 def test_an_idea_of_ones_own(data, idea, tmp_path) -> None:
