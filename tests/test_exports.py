@@ -149,7 +149,7 @@ def test_adapter_that_does_not_say_its_base(adapter):
 )
 def test_damaged_description(export, field, value, message):
     edit_json(export / FILE, **{field: value})
-    assert refused(export).startswith(f"{export / FILE} is damaged: {message}")
+    assert refused(export).startswith(f"{export / FILE} cannot be used: {message}")
 
 
 def test_description_survives_writing(export):
