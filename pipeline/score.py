@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.answers import Notes, Question, read_gold, read_predictions
 from pipeline.judges import Benchmark, JudgeName
+from pipeline.report import breakdown
 from pipeline.stats import ChiSquare, Comparison, bootstrap_interval, compare
 from pipeline.tally import Scored, columns, domains, position_bias, score_one, topics
 
@@ -46,20 +47,24 @@ def main(
     rows, notes = score_file(predictions, benchmark, judge, answers)
     report = figures(rows, benchmark, judge, seed)
     report["notes"] = {kind: len(places) for kind, places in notes.kinds.items()}
-    print(f"{predictions}: {benchmark}, {judge} judge")
-    print(columns_table(rows, seed) if benchmark == "scienceqa" else groups_table(rows, seed))
-    print(f"no choice found in {report['failed']} of {len(rows)} answers, counted as wrong")
-    print(position_table(rows))
+    table = columns_table if benchmark == "scienceqa" else groups_table
+    text = [
+        f"{predictions}: {benchmark}, {judge} judge",
+        table(rows, seed),
+        f"no choice found in {report['failed']} of {len(rows)} answers, counted as wrong",
+        position_table(rows),
+    ]
     if answers is not None:
         report["unanswered"] = len(answers) - len(rows)
-        print(f"{report['unanswered']} questions of --gold have no answer here: not counted")
+        text.append(f"{report['unanswered']} questions of --gold have no answer here: not counted")
     if against is not None:
         others, _ = score_file(against, benchmark, judge, answers)
         comparison = compare_rows(rows, others, predictions, against, seed)
         report["against"] = asdict(comparison)
-        print(comparison_text(comparison, against))
+        text.append(comparison_text(comparison, against))
     if json is not None:
         write_json(json, report)
+    print("\n".join(text))
 
 
 def check_options(predictions: Path, gold: Path | None, against: Path | None, seed: int, json: Path | None) -> None:
@@ -142,14 +147,11 @@ def percent(right: int, total: int) -> float | None:
 def groups_table(rows: Sequence[Scored], seed: int) -> str:
     """Total, domains and their topics, a line each."""
     lines = [f"{'':<32}{'questions':>10}{'right':>8}{'accuracy':>10}{'95% bootstrap':>18}"]
-    by_topic = topics(rows)
     groups = [("total", (sum(row.right for row in rows), len(rows)))]
     for domain, counts in domains(rows).items():
+        inside = breakdown((row.question.topic, row.right) for row in rows if row.question.domain == domain)
         groups.append((domain or "(no domain)", counts))
-        inside = [
-            (name.removeprefix(f"{domain}/"), of) for name, of in by_topic.items() if name.startswith(f"{domain}/")
-        ]
-        groups += [(f"  {topic}", of) for topic, of in inside if topic]
+        groups += [(f"  {topic}", of) for topic, of in inside.items() if topic]
     for name, (right, total) in groups:
         interval = interval_text(right, total, seed)
         lines.append(f"{name:<32}{total:>10}{right:>8}{100 * right / total:>9.2f}%{interval:>18}")
@@ -159,13 +161,13 @@ def groups_table(rows: Sequence[Scored], seed: int) -> str:
 def columns_table(rows: Sequence[Scored], seed: int) -> str:
     """ScienceQA's nine columns: accuracy, its interval, questions."""
     found = columns(rows)
-    lines = [f"{'':<14}" + "".join(f"{name:>15}" for name in found)]
+    lines = [f"{'':<14}" + "".join(f"{name:>11}" for name in found)]
     cells = {
         "accuracy": [f"{100 * right / total:.2f}%" if total else "-" for right, total in found.values()],
         "95% bootstrap": [interval_text(*counts, seed) if counts[1] else "-" for counts in found.values()],
         "questions": [str(total) if total else "-" for _, total in found.values()],
     }
-    lines += [f"{name:<14}" + "".join(f"{cell:>15}" for cell in row) for name, row in cells.items()]
+    lines += [f"{name:<14}" + "".join(f"{cell:>11}" for cell in row) for name, row in cells.items()]
     if not found["TXT"][1] + found["IMG"][1] + found["NO"][1]:
         lines.append("TXT, IMG and NO need to know hints and images: give --gold")
     return "\n".join(lines)
@@ -173,7 +175,7 @@ def columns_table(rows: Sequence[Scored], seed: int) -> str:
 
 def interval_text(right: int, total: int, seed: int) -> str:
     low, high = bootstrap_interval(right, total, seed)
-    return f"{100 * low:.1f} to {100 * high:.1f}"
+    return f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def position_table(rows: Sequence[Scored]) -> str:
