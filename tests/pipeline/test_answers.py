@@ -90,11 +90,12 @@ def test_gold_fills_and_overrides(tmp_path: Path) -> None:
     assert gold.keys() == {"q1", "q4", "q6"} and notes.kinds == {
         "lines without an id or an answer, left out": ["line 4"]
     }
-    bare = {"id": "q1", "messages": ["(A)"]}
-    found, notes_of = read(write(tmp_path / "p.jsonl", bare, row("q4"), row("q2"), {"id": "q5"}), gold)
+    bare, own = {"id": "q1", "messages": ["(A)"]}, row("q6", choices=["m", "n"])
+    found, notes_of = read(write(tmp_path / "p.jsonl", bare, row("q4"), row("q2"), {"id": "q5"}, own), gold)
     assert [p.question for p in found] == [
         Question("q1", ("x", "y", "z"), 2, "food", "gold"),
         Question("q4", ("a fig", "a pear"), 0, "food", "fruit"),
+        Question("q6", ("m", "n"), 1, "food", "fruit"),
     ]
     assert ["q2", "q5"] in notes_of.values()
     alone, notes_of = read(write(tmp_path / "p.jsonl", bare, row("q4", choices=[])))

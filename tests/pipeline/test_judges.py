@@ -62,6 +62,7 @@ def test_an_end_mark_and_absurd_numbers() -> None:
         ("C or A", 2),
         ("The answer:\nD.", 3),
         ("B,A!", 1),
+        ("Is it C?", 2),
         ("A\tB", None),  # a tab is no space
         ("B: yes", None),
         ("E", None),  # there are four choices
@@ -75,7 +76,7 @@ def test_an_end_mark_and_absurd_numbers() -> None:
         # the marked part
         ("[Answer] B [Rationale] because of (A)", 1),
         ("(A) [Answer] C [Context] (D) [Rationale] (B)", 2),
-        ("[Answer] (A) [Answer] (B)", 1),
+        ("[Answer] B [Answer] nothing", None),
         ("(A) [Answer]", None),
         ("[Context] D [Rationale] C", 3),  # without [Answer] these marks cut nothing
     ],
