@@ -161,7 +161,7 @@ def test_scienceqa_by_texts_and_by_results(tmp_path: Path, capsys: pytest.Captur
                  "image": "image.png" if i % 2 else None, "subject": "natural science", "grade": f"grade{i + 4}"}
         for i in range(5)
     }  # fmt: skip
-    results = {"0": 0, "1": 1, "2": 1, "3": 1, "4": 1}
+    results = {"0": 0, "1": 1, "2": 1, "3": 1, "4": -1}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "results.json").write_text(json.dumps({"results": results}))
     lines = [
@@ -179,6 +179,7 @@ def test_scienceqa_by_texts_and_by_results(tmp_path: Path, capsys: pytest.Captur
             capsys, "--benchmark", "scienceqa", "--predictions", tmp_path / words[0], *words[1:], *gold,
             "--json", tmp_path / "s.json",
         )  # fmt: skip
+        assert json.loads((tmp_path / "s.json").read_text())["failed"] == 1
         found.append({k: v["accuracy"] for k, v in json.loads((tmp_path / "s.json").read_text())["columns"].items()})
     assert found[0] == found[1] == {
         "NAT": 60.0, "SOC": None, "LAN": None, "TXT": 100.0, "IMG": 100.0, "NO": 0.0,
