@@ -76,7 +76,7 @@ class Notes:
         out = []
         for kind, places in self.kinds.items():
             more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-            out.append(f"{self.path}: {len(places)} {kind}: {', '.join(places[:_NAMED])}{more}")
+            out.append(f"{self.path}: {kind} ({len(places)}): {', '.join(places[:_NAMED])}{more}")
         return out
 
 

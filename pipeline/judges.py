@@ -106,7 +106,7 @@ def _released_m3cot(messages: Sequence[str], choices: Sequence[str]) -> list[int
     text, whose template words match nothing.
     """
     text = _ROLE_AFTER_PROMPT.sub("", "\n".join(messages))
-    return list(dict.fromkeys(LETTERS.index(letter.upper()) for letter in _AFTER_ANSWER.findall(text)))
+    return [LETTERS.index(letter.upper()) for letter in _AFTER_ANSWER.findall(text)]
 
 
 def _released_scienceqa(messages: Sequence[str], choices: Sequence[str]) -> list[int]:

@@ -56,7 +56,7 @@ def main(
     ]
     if answers is not None:
         report["unanswered"] = len(answers) - len(rows)
-        text.append(f"{report['unanswered']} questions of --gold have no answer here: not counted")
+        text.append(f"questions of --gold without an answer here, not counted: {report['unanswered']}")
     if against is not None:
         others, _ = score_file(against, benchmark, judge, answers)
         comparison = compare_rows(rows, others, predictions, against, seed)
@@ -174,6 +174,7 @@ def columns_table(rows: Sequence[Scored], seed: int) -> str:
 
 
 def interval_text(right: int, total: int, seed: int) -> str:
+    """Bootstrap interval in %."""
     low, high = bootstrap_interval(right, total, seed)
     return f"{100 * low:.1f}-{100 * high:.1f}"
 
@@ -188,17 +189,19 @@ def position_table(rows: Sequence[Scored]) -> str:
     }
     lines = [f"{'by position':<14}" + "".join(f"{letter:>8}" for letter in bias.gold)]
     lines += [f"  {name:<12}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in shares.items()]
-    lines += [f"  {bias.outside} answers name a letter beyond these"] if bias.outside else []
+    lines += [f"  answers that name a letter beyond these: {bias.outside}"] if bias.outside else []
     lines.append(f"  predictions as gold: {chi_square_text(bias.predicted_as_gold)}")
     lines.append(f"  one accuracy: {chi_square_text(bias.equally_right)}")
     return "\n".join(lines)
 
 
 def chi_square_text(test: ChiSquare) -> str:
+    """Statistic, degrees of freedom, p-value."""
     return f"chi-square {test.statistic:.2f}, {test.freedom} degrees of freedom, p {p_text(test.p_value)}"
 
 
 def p_text(p: float) -> str:
+    """`= 0.012`, or a bound where the value is too small for a float."""
     return f"= {p:.2g}" if p > 1e-300 else "< 1e-300"
 
 
@@ -218,6 +221,7 @@ def compare_rows(
 
 
 def comparison_text(c: Comparison, against: Path) -> str:
+    """A comparison in one line."""
     low, high = c.interval
     return (
         f"against {against}: {c.questions} shared questions, difference {100 * c.difference:+.2f} points"

@@ -49,6 +49,7 @@ def score_one(prediction: Prediction, benchmark: Benchmark, judge: JudgeName) ->
 
 
 def domains(rows: Sequence[Scored]) -> Counts:
+    """By domain."""
     return breakdown((row.question.domain, row.right) for row in rows)
 
 

@@ -54,7 +54,7 @@ def test_notes_name_some_places_and_count_all() -> None:
     notes = Notes(Path("p.jsonl"))
     for number in range(1, 9):
         notes.add("bad lines", f"line {number}")
-    assert notes.lines() == ["p.jsonl: 8 bad lines: line 1, line 2, line 3, line 4, line 5 and 3 more"]
+    assert notes.lines() == ["p.jsonl: bad lines (8): line 1, line 2, line 3, line 4, line 5 and 3 more"]
 
 
 @pytest.mark.parametrize(

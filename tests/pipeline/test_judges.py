@@ -146,7 +146,7 @@ def test_scienceqa_rules(text: str, choice: int | None) -> None:
         (["Which?", "Therefore, the answer is B"], "B"),
         (["Which?", "the answer is correct"], "C"),  # a word's first letter counts
         (["Which?", "THE ANSWER\nIS\n\nd"], "D"),
-        (["Which?", "The answer is A. No, the answer is B, B"], "AB"),  # all of them, each once
+        (["Which?", "The answer is A. No, the answer is B, or the answer is A"], "ABA"),  # all of them
         (["Is the answer is D?", "I do not know"], "D"),  # the prompt counts too
         (["Which?\nAnswer:\n", "Because it is red"], "B"),
         (["Which?\nAnswer:assistant", "C"], "C"),  # the chat template's word is taken away
