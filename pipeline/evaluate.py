@@ -26,10 +26,11 @@ from data_prep.files import write_atomic
 from data_prep.index import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
+from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding, Generation, Sampling
 from pipeline.prompt import LETTERS, UnusableSample, question_text
 from pipeline.registry import load_plugin
-from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
+from pipeline.report import Report, breakdown, breakdown_fields, write_reports
 
 
 def main(
@@ -251,7 +252,10 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
         "answer": LETTERS[example.answer],
         "domain": example.fields.get("domain", example.dataset),
         "topic": example.fields.get("topic", ""),
+        "context": example.context,
+        "image": example.image is not None,
         "messages": [question_text(example, loaded.info.prompt.context), answer.text],
+        "answer_style": loaded.info.prompt.answer,
         "predicted": None if choice is None else LETTERS[choice],
         "autoregressive_steps": answer.steps,
         "fields": example.fields,

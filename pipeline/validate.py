@@ -12,11 +12,11 @@ from data_prep.index import ShardIndex
 from pipeline.batch import Batch, collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total
+from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
 from pipeline.loader import Share, training_row
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder
-from pipeline.score import strict_choice
 
 SUBSET_SEED = 1
 """Seed of the subset: fixed, so that every run of a data folder validates on the same rows."""

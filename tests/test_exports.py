@@ -17,7 +17,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.evaluate import exports_of
 from pipeline.export import FILE, ExportInfo, load_export
 from pipeline.prepare import base_hash
-from pipeline.score import read_reports
+from pipeline.report import read_reports
 from pipeline.summary import lines
 from pipeline.user_files import load_json
 from tests.launch import train
