@@ -25,9 +25,9 @@ from pipeline.backbones import BACKBONES
 from pipeline.backbones.weights import incomplete
 from pipeline.config import LoraConfig, RunConfig, explain
 from pipeline.latent.forward import LatentConfig, LatentMethod
-from pipeline.model import LatentModel
+from pipeline.model import LatentModel, embedding_weights, set_to_mean
 from pipeline.prepare import base_hash, data_folder, in_a_line
-from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
 from pipeline.user_files import load_json
 
 FORMAT = 1
@@ -182,6 +182,10 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
 
             if len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
                 vlm.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+            if info.prompt.markers:  # frozen, and so not in the adapter: as training made them
+                used = processor.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+                for weight in embedding_weights(vlm):
+                    set_to_mean(weight, used, slice(used, len(processor.tokenizer)))
             vlm = PeftModel.from_pretrained(vlm, folder)
             check_adapter(folder, vlm)
     except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,9 @@ class LatentModel(nn.Module):
         loss, sums = nll.sum(), trace.statistics(batch)
         if self.training:
             # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
-            added = (self.method.auxiliary(trace, batch) * batch.target_mask.sum(1)).sum()
+            added = (self.method.auxiliary(trace, batch) * batch.label_mask.sum(1)).sum()
             loss = loss + self.latent.auxiliary_weight * added
-            sums |= {"auxiliary": added.detach(), "labels": batch.target_mask.sum().float()}
+            sums |= {"auxiliary": added.detach(), "labels": batch.label_mask.sum().float()}
         return loss, sums
 
     def answer(self, batch: Batch, decoding: Decoding) -> Generation:
@@ -70,6 +71,18 @@ def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:
 def lora_scope(backbone: str, targets: Sequence[str]) -> str:
     """Regular expression of the modules that LoRA adapts."""
     return BACKBONES[backbone].LORA_SCOPE.format(names="|".join(targets))
+
+
+def embedding_weights(vlm: Any) -> list[nn.Parameter]:
+    """Input and output embeddings (vocab,D); one where they are tied."""
+    weights = (vlm.get_input_embeddings().weight, vlm.get_output_embeddings().weight)
+    return list({id(weight): weight for weight in weights}.values())
+
+
+@torch.no_grad()
+def set_to_mean(weight: Tensor, used: int, new: slice) -> None:
+    """Set `new` rows of an embedding (vocab,D) to the mean of the first `used`."""
+    weight[new] = weight[:used].float().mean(0).to(weight.dtype)
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:

@@ -192,7 +192,7 @@ class Run:
         # dropout depends on (seed, step, rank) alone, so that a resumed run draws what the first would have
         torch.manual_seed(step_seed(self.config.train.seed, global_step, self.world.rank))
         set_hyperparameters(engine, self.config.optim, lr)
-        labels = [int(batch.target_mask.sum()) for batch in micro_batches]
+        labels = [int(batch.label_mask.sum()) for batch in micro_batches]
         columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
         dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
         mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]

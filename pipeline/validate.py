@@ -76,7 +76,7 @@ def validate(
     for batch, examples in zip(data.batches, data.examples, strict=True):
         batch = batch.to(device)
         loss, _ = engine(batch)
-        nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
+        nll, labels = nll + float(loss), labels + int(batch.label_mask.sum())
         unusable += len(batch.bad) + batch.overlong
         tokens, taken = engine(batch, answer=decoding)
         for row, example in enumerate(examples):

@@ -112,7 +112,7 @@ def no_defaults(model: Any) -> Iterator[None]:
 def generate(
     backbone: Backbone, batch: Batch, method: LatentMethod, decoding: Decoding, replay: Replay | None = None
 ) -> Generation:
-    """Answers to a batch's questions after `batch.passes` latent steps; its targets are not looked at.
+    """Answers to a batch's questions after `batch.passes` latent steps; of its targets only the given are looked at.
 
     A question must end in text, whose three axes have one position; and the model must be in eval mode.
     """
@@ -121,6 +121,9 @@ def generate(
     embeds, positions = run.prompt_embeds, run.prompt_positions
     for _ in range(batch.passes):
         embeds, positions = run.take_step(run.run_pass(embeds, positions, read=True))
+    if batch.given:
+        embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids[:, : batch.given])], dim=1)
+        positions = torch.cat([positions, run.sequence.grow(batch.target_mask[:, : batch.given])], dim=2)
     run.run_pass(embeds, positions, read=False)
 
     # each row is answered from its own last real column

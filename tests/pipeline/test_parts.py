@@ -137,6 +137,32 @@ def test_answers_equal_the_definition(models: tuple[Qwen2VL, nn.Module], parts: 
     assert out.forward_calls == 1 + 3 + NEW
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way[:2]))
+def test_given_tokens(models: tuple[Qwen2VL, nn.Module], way: tuple) -> None:
+    """Tokens between latent steps and text are read and not predicted, in training and in answers."""
+    backbone, stock = models
+    method = method_of(backbone, latent_grad=way[0])
+    rows = [replace(row, given=2) for row in rows_of(stock, [2, 0, 3, 1])]
+    rows[3].target_ids = rows[3].target_ids[:2]  # nothing but given tokens
+    batch = collate(rows, FORMAT, 3)
+    with checkpointed(backbone, way[2]):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([backbone.core], nll.mean())
+    expected = torch.cat([NaiveParts(stock, row, method).nll()[2:] for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    for found, gradient in zip(ours, gradients([stock], expected.mean()), strict=True):
+        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7
+    with torch.no_grad():
+        backbone.eval()
+        answers = generate(backbone, batch, method, Decoding(NEW, 10**6)).tokens
+        backbone.train()
+        for row, answer in zip(rows, answers, strict=True):
+            naive = NaiveParts(stock, row, method)
+            naive.append(naive.embed(torch.tensor(row.target_ids[:2])))
+            assert answer == naive.answer(NEW, 10**6)
+
+
 def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Qwen2VL, nn.Module]) -> None:
     """Through s alone: with pause feedback nothing else joins the last pass to the query of the pass before."""
     backbone, stock = models
