@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.cli import unknown_options
 from data_prep.errors import UserError
+from pipeline.backbones import BACKBONES
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
@@ -63,7 +64,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which model, and what of it is trained."""
 
-    backbone: Literal["qwen2_vl"] = "qwen2_vl"
+    backbone: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
     path: str | None = None
     """Local folder or hub id of a pretrained model; none with `scratch`."""
     revision: str | None = None
@@ -242,12 +243,9 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
     if (model.path is None) == (model.scratch is None):
         yield "give either model.path or model.scratch"
     if scratch := model.scratch:
-        if scratch.hidden_size % scratch.heads or (scratch.hidden_size // scratch.heads) % 16:
-            yield "model.scratch: hidden_size / heads must be a multiple of 16 (rotary sections)"
+        yield from BACKBONES[model.backbone].scratch_problems(scratch)
         if scratch.heads % scratch.kv_heads:
             yield "model.scratch: heads must be a multiple of kv_heads"
-        if scratch.vision_size % scratch.vision_heads or (scratch.vision_size // scratch.vision_heads) % 4:
-            yield "model.scratch: vision_size / vision_heads must be a multiple of 4"
     if model.scratch and model.lora:
         yield "model.lora: nothing would train the random base of model.scratch"
     if model.schedule == "prepass" and config.latent.latent_grad == "bptt":
