@@ -27,7 +27,7 @@ from data_prep.index import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.latent.decode import Decoding, Generation, Sampling
-from pipeline.prompt import LETTERS, UnusableSample, question_text
+from pipeline.prompt import LETTERS, UnusableSample
 from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
 
 
@@ -246,7 +246,7 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
         "answer": LETTERS[example.answer],
         "domain": example.fields.get("domain", example.dataset),
         "topic": example.fields.get("topic", ""),
-        "messages": [question_text(example, loaded.info.prompt.context), answer.text],
+        "messages": ["".join(loaded.builder.question(example)), answer.text],
         "predicted": None if choice is None else LETTERS[choice],
         "autoregressive_steps": answer.steps,
         "fields": example.fields,

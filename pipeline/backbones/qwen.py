@@ -24,7 +24,7 @@ from pipeline.loss import LabelHead
 from pipeline.prompt import PromptConfig
 
 if TYPE_CHECKING:
-    from pipeline.config import ScratchConfig
+    from pipeline.config import ModelConfig, ScratchConfig
 
 
 class QwenVL(nn.Module):
@@ -41,6 +41,8 @@ class QwenVL(nn.Module):
         """The vision tower of a model from scratch."""
         raise NotImplementedError
 
+    TOKENIZER = "qwen"
+    """Kind of tokenizer of a model from scratch, one of `data_prep.tokenizer`."""
     LORA_SCOPE = r".*language_model\..*\.({names})"
     """Regular expression of modules that LoRA may adapt: the language model's, never the vision tower's."""
     PROCESSOR_FILES = ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -63,8 +65,11 @@ class QwenVL(nn.Module):
         return load_whole(cls.MODEL, path, dtype, attention, revision)
 
     @staticmethod
-    def scratch_problems(scratch: ScratchConfig) -> Iterator[str]:
-        """What is wrong with the shape of a model from scratch, a line each."""
+    def problems(model: ModelConfig, prompt: PromptConfig) -> Iterator[str]:
+        """What in a run's options does not suit this family, a line each."""
+        scratch = model.scratch
+        if scratch is None:
+            return
         if scratch.hidden_size % scratch.heads or (scratch.hidden_size // scratch.heads) % 16:
             yield "model.scratch: hidden_size / heads must be a multiple of 16 (rotary sections)"
         if scratch.vision_size % scratch.vision_heads or (scratch.vision_size // scratch.vision_heads) % 4:
@@ -148,10 +153,18 @@ class QwenVL(nn.Module):
             return embeds + 0.0 * features.sum()
         return embeds.masked_scatter(batch.image_mask[..., None], features)
 
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """(3,B,L) as the decoder takes them."""
+        return positions
+
     def decode(self, embeds: Tensor, positions: Tensor, masks: dict[str, Tensor], latent: Pass) -> Tensor:
         """Final hidden states (B,L,D), after the last norm, of one pass's columns; positions (3,B,L)."""
         return self.decoder(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False, latent=latent
+            inputs_embeds=embeds,
+            position_ids=self.position_ids(positions),
+            attention_mask=masks,
+            use_cache=False,
+            latent=latent,
         ).last_hidden_state
 
     @property
@@ -167,6 +180,8 @@ class QwenProcessor:
 
     PROCESSOR_CLASS: ClassVar[str]
     """What transformers calls the processor of this family."""
+    CUE = "\nAnswer:\n"
+    """What ends the question's text."""
     IMAGE, TEXT = "<|image_pad|>", "\x00text\x00"
 
     def __init__(
@@ -199,7 +214,8 @@ class QwenProcessor:
     def row_format(self) -> RowFormat:
         p = self.image_processor
         patch_dim = 3 * p.temporal_patch_size * p.patch_size**2
-        return RowFormat(self.tokenizer.pad_token_id, self.image_token_id, patch_dim, self.merge)
+        blank, grid = (self.merge**2, patch_dim), (1, self.merge, self.merge)
+        return RowFormat(self.tokenizer.pad_token_id, self.image_token_id, blank, grid, self.merge)
 
     @property
     def eos_id(self) -> int:
@@ -210,14 +226,14 @@ class QwenProcessor:
         """Ids of plain text; special-token strings inside it stay text, so data cannot forge an image."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def prompt_ids(self, text: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
-        """One user turn, images first, then `text`, then the assistant's opening, as the chat template puts it."""
+    def prompt_ids(self, opening: str, rest: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        """One user turn, images first, then the text, then the assistant's opening, as the chat template puts it."""
         before, after = self._turn(len(grids))
         ids: list[int] = []
         columns = iter([t * h * w // self.merge**2 for t, h, w in grids])
         for token in self.tokenizer(before, add_special_tokens=False)["input_ids"]:
             ids += [token] * (next(columns) if token == self.image_token_id else 1)
-        return ids + self.text_ids(text) + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        return ids + self.text_ids(opening + rest) + self.tokenizer(after, add_special_tokens=False)["input_ids"]
 
     def _turn(self, images: int) -> list[str]:
         """What the chat template puts before and after the text of a turn."""

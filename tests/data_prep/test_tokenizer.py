@@ -79,7 +79,7 @@ def test_same_pieces_as_sentencepiece(folder: Path, trained: Any) -> None:
 
 def test_special_tokens_and_template(trained: Any) -> None:
     assert (trained.eos_token, trained.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    for token in tokenizer.SPECIAL_TOKENS:
+    for token in tokenizer.KINDS["qwen"].special:
         assert trained.tokenize(token) == [token]
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}
     shown = trained.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)

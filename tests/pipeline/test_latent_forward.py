@@ -203,7 +203,7 @@ def test_a_question_that_ends_in_its_image(models: tuple[Any, nn.Module]) -> Non
     rows = [make_row(Shape([(5, 2)], latents=2), 0, stock), make_row(Shape([WIDE], latents=1), 1, stock)]
     end = len(rows[0].prompt_ids) - rows[0].prompt_ids[::-1].index(family_of(stock).format.image_token_id)
     rows[0].prompt_ids, rows[0].prompt_positions = rows[0].prompt_ids[:end], rows[0].prompt_positions[:, :end]
-    assert len(set(rows[0].prompt_positions[:, -1])) == 3
+    assert len(set(rows[0].prompt_positions[:, -1])) == family_of(stock).axes
     assert_same(backbone, stock, rows, LatentConfig(num_patches=3))
 
 
@@ -356,7 +356,7 @@ def test_a_batch_of_masked_rows_has_zero_gradients(models: tuple[Any, nn.Module]
     backbone, _ = models
     _, nll = ours(backbone, [masked_row(family_of(backbone).format)] * 2, LatentConfig(num_patches=4), passes=2)
     assert nll.shape == (0,)
-    trained = list(backbone.vlm.parameters())
+    trained = [parameter for parameter in backbone.vlm.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(nll.sum(), trained)  # every parameter takes part, as ZeRO-3 needs
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
 
@@ -364,11 +364,13 @@ def test_a_batch_of_masked_rows_has_zero_gradients(models: tuple[Any, nn.Module]
 def test_text_only_batch_runs_the_vision_tower(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     calls = []
-    handle = backbone.vision.register_forward_hook(lambda *_: calls.append(1))
+    first = next(backbone.vision.children())  # some towers have another entrance than `forward`
+    handle = first.register_forward_hook(lambda *_: calls.append(1))
     _, nll = ours(backbone, rows_of(stock, "all-text", "n1"), LatentConfig(num_patches=4))
     handle.remove()
     assert calls == [1]
-    found = torch.autograd.grad(nll.mean(), list(backbone.vision.parameters()))
+    trained = [parameter for parameter in backbone.vision.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(nll.mean(), trained) if trained else []
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
 
 

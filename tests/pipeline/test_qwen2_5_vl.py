@@ -33,7 +33,7 @@ def processor(model_folder: Path) -> Qwen25VLProcessor:
 def test_positions_are_its_own(processor: Qwen25VLProcessor, grids: list[tuple[int, int, int]]) -> None:
     """An image's time axis does not count seconds, as a video's does."""
     _, stock = tiny_models("qwen2_5_vl")
-    ids = processor.prompt_ids("[Question]:{Which fruit is it?}", grids)
+    ids = processor.prompt_ids("[Question]:{", "Which fruit is it?}", grids)
     expected = rope_index(stock, torch.tensor(ids) == processor.image_token_id, grids)
     assert processor.positions(ids, grids).tolist() == expected.tolist()
 

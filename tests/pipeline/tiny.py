@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import ChameleonConfig
 
+from pipeline.backbones.chameleon import Chameleon, image_token
 from pipeline.backbones.qwen import QwenVL
 from pipeline.backbones.qwen2_5_vl import Qwen25VL
 from pipeline.backbones.qwen2_vl import Qwen2VL
@@ -17,14 +19,14 @@ from pipeline.batch import Batch, Row, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME
 
 PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_WORD, VOCABULARY = 0, 1, 4, 5, 6, 7, 10, 96
-FORMAT = RowFormat(pad_id=PAD, image_token_id=IMAGE, patch_dim=3 * 2 * 14 * 14, merge=2)
+FORMAT = RowFormat(pad_id=PAD, image_token_id=IMAGE, blank_shape=(4, 3 * 2 * 14 * 14), blank_grid=(1, 2, 2), merge=2)
 Grid = tuple[int, int, int]
 
 
 class TinyQwen:
     """Qwen2-VL or Qwen2.5-VL, and the parts of transformers' own model that the definition calls."""
 
-    format = FORMAT
+    format, axes = FORMAT, 3
     attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
 
     def __init__(self, backbone: type[QwenVL], vision: dict[str, Any], seed: int) -> None:
@@ -67,7 +69,7 @@ class TinyQwen:
 
     def pixels(self, grids: Sequence[Grid]) -> tuple[int, ...]:
         """Shape of the pixel values of these images."""
-        return sum(t * h * w for t, h, w in grids), FORMAT.patch_dim
+        return sum(t * h * w for t, h, w in grids), FORMAT.blank_shape[1]
 
     def positions(self, stock: nn.Module, ids: list[int], grids: Sequence[Grid]) -> Tensor:
         return rope_index(stock, torch.tensor(ids) == IMAGE, grids)
@@ -100,6 +102,72 @@ class TinyQwen:
         return stock.lm_head(hidden)
 
 
+class TinyChameleon:
+    """Chameleon, whose image tokens end the vocabulary; every image is of 3 x 4 columns."""
+
+    backbone, attention, grid = Chameleon, ATTENTION_NAME, (1, 3, 4)
+    axes, image_tokens, seed = 1, 32, 7
+    format = RowFormat(pad_id=PAD, image_token_id=IMAGE, blank_shape=(1, 3, 6, 8), blank_grid=(1, 3, 4), merge=1)
+
+    def config(self, window: None = None) -> Any:
+        names = {image_token(code): VOCABULARY + code for code in range(self.image_tokens)}
+        return ChameleonConfig(
+            vocab_size=VOCABULARY + self.image_tokens,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=PAD,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            vocabulary_map={"<image>": IMAGE, **names},
+            vq_config={
+                "embed_dim": 8,
+                "latent_channels": 8,
+                "num_embeddings": self.image_tokens,
+                "resolution": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+            },
+        )
+
+    def image(self, height: int, width: int) -> tuple[list[int], Grid]:
+        """Ids and grid of an image; its size is not a matter of choice."""
+        return [IMAGE] * 12, self.grid
+
+    def pixels(self, grids: Sequence[Grid]) -> tuple[int, ...]:
+        return len(grids), 3, 6, 8
+
+    def positions(self, stock: nn.Module, ids: list[int], grids: Sequence[Grid]) -> Tensor:
+        return torch.arange(len(ids)).expand(3, -1)
+
+    def embed(self, stock: nn.Module, ids: Tensor) -> Tensor:
+        return stock.model.embed_tokens(ids)
+
+    def features(self, stock: nn.Module, row: Row) -> Tensor:
+        return stock.model.get_image_features(torch.from_numpy(row.pixel_values)).pooler_output.flatten(0, 1)
+
+    def decode(self, stock: nn.Module, embeds: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Any:
+        return stock.model(
+            inputs_embeds=embeds[None],
+            position_ids=positions[:1],
+            attention_mask=masks["full_attention"],
+            use_cache=False,
+            output_attentions=True,
+        )
+
+    def logits(self, stock: nn.Module, hidden: Tensor) -> Tensor:
+        """Those of image tokens, the last of the vocabulary, are as low as they can be."""
+        words = stock.lm_head(hidden)[:, :VOCABULARY]
+        lowest = torch.full((len(hidden), self.image_tokens), torch.finfo(words.dtype).min)
+        return torch.cat([words, lowest], dim=1)
+
+    def generate_images(self, stock: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"pixel_values": batch.pixel_values}
+
+
 FAMILIES: dict[str, Any] = {
     "qwen2_vl": TinyQwen(Qwen2VL, {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64}, 7),
     # windows of 2 x 2 columns in the first layer, full attention in the second
@@ -108,6 +176,7 @@ FAMILIES: dict[str, Any] = {
         {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
          "window_size": 56, "fullatt_block_indexes": [1]}, 9,
     ),
+    "chameleon": TinyChameleon(),
 }  # fmt: skip
 SLIDING = ["qwen2_vl", "qwen2_5_vl"]
 """Those whose layers may see a window only."""
@@ -139,14 +208,17 @@ def spread(vlm: nn.Module, seed: int = 0) -> None:
 
 
 def tiny_models(name: str = "qwen2_vl", window: int | None = None) -> tuple[Any, Any]:
-    """Ours, and transformers' own with eager attention, of equal weights."""
+    """Ours, and transformers' own with eager attention, of equal weights, of which the same are trained."""
     family = FAMILIES[name]
     model = family.backbone.MODEL
     stock = model._from_config(family.config(window), attn_implementation="eager")
     spread(stock)
     ours = model._from_config(family.config(window), attn_implementation=family.attention)
     ours.load_state_dict(stock.state_dict())
-    return family.backbone(ours).train(), stock.train()
+    backbone = family.backbone(ours).train()
+    for own, parameter in zip(stock.parameters(), ours.parameters(), strict=True):
+        own.requires_grad_(parameter.requires_grad)
+    return backbone, stock.train()
 
 
 @dataclass(frozen=True)
