@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
+from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.backbones.weights import load_whole
 from pipeline.batch import Batch, RowFormat
@@ -161,11 +162,14 @@ class Chameleon(nn.Module):
         """Token embeddings, those of the image tokens on the image columns, (B,P,D).
 
         The image tokenizer runs in every batch: under ZeRO-3 all ranks must gather the same parameters.
+        Raises UserError where it makes another number of tokens than the processor says.
         """
         ids = batch.prompt_ids
         with torch.no_grad():
             tokens = self.core.get_image_tokens(batch.pixel_values.to(self.vision.quant_conv.weight.dtype))
         if batch.has_images:
+            if (said := int(batch.image_mask.sum()) // len(tokens)) != tokens.shape[1]:
+                raise UserError(f"the model makes {tokens.shape[1]} image columns, image_seq_length says {said}")
             ids = ids.masked_scatter(batch.image_mask, tokens.to(ids.dtype))
         return self.embed_tokens(ids)
 

@@ -91,6 +91,21 @@ def test_special_tokens_and_template(trained: Any) -> None:
     )
 
 
+def test_kind_of_chameleon(tmp_path: Path) -> None:
+    made = train_tokenizer(trails_texts(), tmp_path / "a", 450, "chameleon")
+    assert len(made) == 450 and made.chat_template is None
+    assert (made.bos_token, made.eos_token, made.pad_token, made.sep_token) == (
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<reserved08706>",
+    )
+    for token in ("<image>", "<racm3:break>", "<eoss>"):
+        assert made.tokenize(token) == [token] and token in made.all_special_tokens
+    with pytest.raises(UserError, match="--kind llama: expected one of qwen, chameleon"):
+        train_tokenizer(trails_texts(), tmp_path / "b", 450, "llama")
+
+
 def test_training_is_deterministic(folder: Path, tmp_path: Path) -> None:
     train_tokenizer(trails_texts(), tmp_path, 640)
     assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
