@@ -1,8 +1,8 @@
 """Command: train a small tokenizer for models from scratch (`python -m data_prep.tokenizer --help`).
 
 SentencePiece learns byte-pair pieces from the prompts and rationales of a shard folder's train split (or of a
-text file); the result is saved as a transformers fast tokenizer with Qwen2-VL's special tokens and chat
-template, and as SentencePiece's own `tokenizer.model`.
+text file); the result is saved as a transformers fast tokenizer with the special tokens of a model family, and as
+SentencePiece's own `tokenizer.model`.
 
 Any text survives encoding and decoding: what is not in the vocabulary is spelled in bytes, and spaces stay
 spaces (SentencePiece's own mark for them, U+2581, would be lost where a text contains it).
@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
-SPECIAL_TOKENS = (END, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE, VIDEO)
 
 # Qwen2-VL's template without video, numbered pictures and the default system turn.
 CHAT_TEMPLATE = """\
@@ -45,6 +45,28 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}
 """
 
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model family's tokenizer has besides its pieces."""
+
+    special: tuple[str, ...]
+    roles: dict[str, str]
+    """transformers' name of a role, such as `eos_token` -> one of them"""
+    chat_template: str | None = None
+
+
+KINDS = {
+    "qwen": Kind(
+        (END, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE, VIDEO),
+        {"eos_token": TURN_END, "pad_token": END},
+        CHAT_TEMPLATE,
+    ),
+    "chameleon": Kind(
+        ("<s>", "<pad>", "</s>", "<eoss>", "<racm3:break>", "<image>", "<reserved08706>"),
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "sep_token": "<reserved08706>"},
+    ),
+}
 LETTERS = "ABCDEFGH"
 _ALONE = "\n{}()[]"
 """Characters that are never part of a longer piece, so that a word is the same token beside a bracket."""
@@ -97,8 +119,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def wrap(model: bytes) -> PreTrainedTokenizerFast:
-    """A transformers fast tokenizer with the pieces of a model made by `train_sentencepiece`."""
+def wrap(model: bytes, kind: Kind) -> PreTrainedTokenizerFast:
+    """A transformers fast tokenizer of this kind with the pieces of a model made by `train_sentencepiece`."""
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -109,14 +131,13 @@ def wrap(model: bytes) -> PreTrainedTokenizerFast:
     bpe = models.BPE(vocabulary, _merges(vocabulary), unk_token=_UNKNOWN, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in kind.special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=TURN_END,
-        pad_token=END,
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (TURN_END, END)],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[token for token in kind.special if token not in kind.roles.values()],
+        chat_template=kind.chat_template,
         clean_up_tokenization_spaces=False,
+        **kind.roles,
     )
 
 
@@ -130,18 +151,22 @@ def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     return merges
 
 
-def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, kind: str = "qwen") -> PreTrainedTokenizerFast:
     """Train on `texts`, save the tokenizer and `tokenizer.model` in the folder `out`, and return it.
 
-    `vocab_size` counts the special tokens too; the vocabulary is smaller where the texts have fewer pieces.
+    `vocab_size` counts the special tokens of this `kind` too; the vocabulary is smaller where the texts have fewer
+    pieces.
 
     Raises:
-        UserError: no text, a `vocab_size` too small, or an `out` that cannot be written.
+        UserError: an unknown kind, no text, a `vocab_size` too small, or an `out` that cannot be written.
     """
-    if vocab_size <= len(SPECIAL_TOKENS):
-        raise UserError(f"--vocab_size {vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
-    model = train_sentencepiece(texts, vocab_size - len(SPECIAL_TOKENS))
-    tokenizer = wrap(model)
+    if kind not in KINDS:
+        raise UserError(f"--kind {kind}: expected one of {', '.join(KINDS)}")
+    special = KINDS[kind].special
+    if vocab_size <= len(special):
+        raise UserError(f"--vocab_size {vocab_size}: expected more than the {len(special)} special tokens")
+    model = train_sentencepiece(texts, vocab_size - len(special))
+    tokenizer = wrap(model, KINDS[kind])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "tokenizer.model", model)
@@ -178,15 +203,19 @@ def texts_of_file(corpus: Path) -> Iterator[str]:
         raise UserError(f"--corpus {corpus}: cannot be read as UTF-8 text ({error})") from None
 
 
-def main(*, out: Path, vocab_size: int, data: Path | None = None, corpus: Path | None = None) -> None:
+def main(
+    *, out: Path, vocab_size: int, data: Path | None = None, corpus: Path | None = None, kind: str = "qwen"
+) -> None:
     """Train a small tokenizer for models from scratch, on a shard folder (--data) or a text file (--corpus).
+
+    --kind: whose special tokens it has, qwen or chameleon.
 
     Example: python -m data_prep.tokenizer --data data/trails --vocab_size 640 --out tokenizer
     """
     if (data is None) == (corpus is None):
         raise UserError("give either --data, a shard folder, or --corpus, a text file")
     texts = texts_of_folder(data) if data else texts_of_file(corpus) if corpus else iter(())
-    tokenizer = train_tokenizer(texts, out, vocab_size)
+    tokenizer = train_tokenizer(texts, out, vocab_size, kind)
     print(f"{len(tokenizer)} tokens written to {out}")
 
 

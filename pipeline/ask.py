@@ -78,10 +78,11 @@ def main(
 
     text = loaded.processor.decode(out.tokens[0])
     picked = strict_choice(text, len(choice), loaded.info.prompt.answer)
-    first = next((i for i, token in enumerate(row.prompt_ids) if token == loaded.processor.image_token_id), 0)
+    fmt = loaded.processor.row_format
+    first = next((i for i, token in enumerate(row.prompt_ids) if token == fmt.image_token_id), 0)
     for number, step in enumerate(out.steps, 1):
         patches = (step.columns[0][step.filled[0]] - first).tolist()
-        print(f"latent step {number}: {describe(patches, row.image_grid, loaded.processor.merge)}")
+        print(f"latent step {number}: {describe(patches, row.image_grid, fmt.merge)}")
     print(f"text: {text}")
     named = f"{LETTERS[picked]} ({choice[picked]})" if picked is not None else "none of the choices"
     print(f"answer: {named}; {out.autoregressive_steps(0)} autoregressive steps, {seconds:.2f} s")

@@ -24,10 +24,12 @@ class RowFormat:
 
     pad_id: int
     image_token_id: int
-    patch_dim: int
-    """Length of one flattened vision patch."""
+    blank_shape: tuple[int, ...]
+    """Shape of a blank image's pixel values; those of several images are joined along the first axis."""
+    blank_grid: tuple[int, int, int]
+    """Its grid."""
     merge: int
-    """Vision patches a side that become one image column."""
+    """Cells a side of an image's grid that become one image column."""
 
 
 @dataclass
@@ -43,9 +45,9 @@ class Row:
     """Remaining steps + answer + eos, which are labels; before them the tokens that are given."""
     latents: int = 0
     pixel_values: np.ndarray | None = None
-    """(patches, patch_dim) fp32 of all images of the row."""
+    """fp32, all images of the row, as the backbone's vision tower takes them."""
     image_grid: Sequence[tuple[int, int, int]] = ()
-    """Per image: vision patches in time, height, width."""
+    """Per image: cells in time, height, width."""
     dropped_steps: int = 0
     """Trailing steps left out because the row was overlong."""
     bad: str = ""
@@ -74,7 +76,7 @@ class Batch:
     image_mask: Tensor
     """(B,P) bool, image columns of the question"""
     pixel_values: Tensor
-    """(patches, patch_dim) fp32; one blank image where no row has any, so that every rank runs its vision tower"""
+    """fp32, images in the rows' order; a blank one where no row has any, so that every rank runs its vision tower"""
     image_grid: Tensor
     """(images, 3) int64"""
     latents: Tensor
@@ -154,7 +156,7 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
     grids = [grid for row in rows for grid in row.image_grid]
     has_images = bool(pixels)
     if not has_images:
-        pixels, grids = [torch.zeros(fmt.merge**2, fmt.patch_dim)], [(1, fmt.merge, fmt.merge)]
+        pixels, grids = [torch.zeros(fmt.blank_shape)], [fmt.blank_grid]
     return Batch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

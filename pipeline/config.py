@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.cli import unknown_options
 from data_prep.errors import UserError
+from pipeline.backbones import BACKBONES
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
@@ -41,6 +42,10 @@ class ScratchConfig(Section):
     vision_layers: int = Field(1, ge=1)
     vision_size: int = Field(64, ge=4)
     vision_heads: int = Field(2, ge=1)
+    image_size: int = Field(64, ge=8)
+    """Chameleon: pixels a side of its images, 8 for each image column; Qwen's have their own size."""
+    image_tokens: int = Field(256, ge=2)
+    """Chameleon: different tokens that its image tokenizer makes."""
     vocab_size: int = Field(2000, ge=300)
     """Most entries of the tokenizer that is trained."""
     initializer_range: float = Field(0.02, gt=0)
@@ -64,7 +69,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which model, and what of it is trained."""
 
-    backbone: Literal["qwen2_vl"] = "qwen2_vl"
+    backbone: Literal["qwen2_vl", "qwen2_5_vl", "chameleon"] = "qwen2_vl"
     path: str | None = None
     """Local folder or hub id of a pretrained model; none with `scratch`."""
     revision: str | None = None
@@ -261,13 +266,9 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
     model, train = config.model, config.train
     if (model.path is None) == (model.scratch is None):
         yield "give either model.path or model.scratch"
-    if scratch := model.scratch:
-        if scratch.hidden_size % scratch.heads or (scratch.hidden_size // scratch.heads) % 16:
-            yield "model.scratch: hidden_size / heads must be a multiple of 16 (rotary sections)"
-        if scratch.heads % scratch.kv_heads:
-            yield "model.scratch: heads must be a multiple of kv_heads"
-        if scratch.vision_size % scratch.vision_heads or (scratch.vision_size // scratch.vision_heads) % 4:
-            yield "model.scratch: vision_size / vision_heads must be a multiple of 4"
+    yield from BACKBONES[model.backbone].problems(model, config.prompt)
+    if model.scratch and model.scratch.heads % model.scratch.kv_heads:
+        yield "model.scratch: heads must be a multiple of kv_heads"
     if model.scratch and model.lora:
         yield "model.lora: nothing would train the random base of model.scratch"
     if model.schedule == "prepass" and config.latent.latent_grad == "bptt":

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.backbones import BACKBONES
+from pipeline.backbones.weights import hidden_size
 from pipeline.config import ModelConfig, OptimConfig, RunConfig
 from pipeline.ds_config import Triangle, fill_auto
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
@@ -49,7 +50,7 @@ def build_engine(
     family = BACKBONES[model.backbone]
     dtype = resolve_dtype(model.dtype, device)
     undecided = [name for name in RESIDENCY if ds["zero_optimization"].get(name) == "auto"]
-    ds = fill_auto(ds, triangle, config, family.hidden_size(base, model.revision), dtype is torch.bfloat16)
+    ds = fill_auto(ds, triangle, config, hidden_size(base, model.revision), dtype is torch.bfloat16)
     # transformers looks this object up while it lives, and partitions what it builds
     hf_config = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     backbone = family(load_model(config, base, dtype, tokenizer))

@@ -28,7 +28,7 @@ from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding, Generation, Sampling
-from pipeline.prompt import LETTERS, UnusableSample, question_text
+from pipeline.prompt import LETTERS, UnusableSample
 from pipeline.registry import load_plugin
 from pipeline.report import Report, breakdown, breakdown_fields, write_reports
 
@@ -254,7 +254,7 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
         "topic": example.fields.get("topic", ""),
         "context": example.context,
         "image": example.image is not None,
-        "messages": [question_text(example, loaded.info.prompt.context), answer.text],
+        "messages": ["".join(loaded.builder.question(example)), answer.text],
         "answer_style": loaded.info.prompt.answer,
         "predicted": None if choice is None else LETTERS[choice],
         "autoregressive_steps": answer.steps,

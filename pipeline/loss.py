@@ -23,10 +23,13 @@ class LabelHead(nn.Linear):
     One call means one parameter gather under ZeRO-3 however many chunks a rank has; ranks differ in that number.
     """
 
+    never: Tensor | None
+    """Token ids that are never predicted, (n,) int64: their logits are as low as the type has"""
+
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (...,vocab) of hidden (...,D); with targets (N,): their negative log-likelihood (N,), fp32."""
         if targets is None:
-            return F.linear(hidden, self.weight, self.bias)
+            return self._logits(hidden)
         if len(targets) <= CHUNK:
             return self._nll(hidden, targets)
         chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
@@ -35,13 +38,19 @@ class LabelHead(nn.Linear):
         return torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in chunks])
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(hidden).float(), targets, reduction="none")
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, self.weight, self.bias)
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        if self.never is None:
+            return logits
+        return logits.index_fill_(-1, self.never, torch.finfo(logits.dtype).min)
 
     @classmethod
-    def install(cls, head: nn.Linear) -> None:
+    def install(cls, head: nn.Linear, never: Tensor | None = None) -> None:
         """Give an existing projection this class: same parameters, same names in checkpoints."""
         head.__class__ = cls
+        head.register_buffer("never", never, persistent=False)
 
 
 def token_nll(predictors: Tensor, labels: Tensor, head: LabelHead) -> Tensor:

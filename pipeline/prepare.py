@@ -100,12 +100,13 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     if base.exists() and any((run / "checkpoints").glob("stage*-step*")):
         return base  # what the checkpoints began with
     assert scratch is not None
+    family = BACKBONES[config.model.backbone]
     shutil.rmtree(base, ignore_errors=True)
     writing = run / "base.writing"
     shutil.rmtree(writing, ignore_errors=True)
-    tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size)
+    tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size, family.TOKENIZER)
     torch.manual_seed(config.train.seed)
-    vlm = BACKBONES[config.model.backbone].create(scratch, tokenizer, writing)
+    vlm = family.create(scratch, tokenizer, writing)
     parameters = sum(p.numel() for p in vlm.parameters())
     say(f"made a base model of {parameters:,} parameters and {len(tokenizer)} tokens in {base}")
     os.rename(writing, base)

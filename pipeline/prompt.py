@@ -1,4 +1,4 @@
-"""Example -> token ids: the prompt as the backbone's chat template puts it, then the steps that remain and the answer.
+"""Example -> token ids: the prompt as the backbone puts it, then the steps that remain and the answer.
 
 Every piece (question, each step, answer) is tokenised on its own, as the released code does, so that removing a step
 changes no other token.
@@ -19,7 +19,7 @@ from pipeline.batch import Row, RowFormat
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Grid = tuple[int, int, int]
-"""Vision patches of an image in time, height, width"""
+"""Cells of an image in time, height, width, of which `RowFormat.merge` a side are an image column"""
 ANSWER = "Therefore, the answer is "
 LATENT_TOKEN = "<|latent|>"
 MARKERS = ("<|start-latent|>", "<|end-latent|>")
@@ -61,7 +61,12 @@ class Processor(Protocol):
 
     def text_ids(self, text: str) -> list[int]: ...
 
-    def prompt_ids(self, text: str, grids: Sequence[Grid]) -> list[int]: ...
+    def prompt_ids(self, opening: str, rest: str, grids: Sequence[Grid]) -> list[int]:
+        """Ids of the whole prompt, its images where the backbone has them: before the text, or behind its opening."""
+        ...
+
+    CUE: str
+    """What the question's text ends in."""
 
     def image(self, image: Image.Image) -> tuple[np.ndarray, Grid]: ...
 
@@ -80,11 +85,14 @@ class OverlongSample(UnusableSample):
     """A sound sample that does not fit `max_tokens`."""
 
 
-def question_text(example: Example, context: bool = False) -> str:
-    """The published training prompt's text; braces are literal."""
+def question_text(example: Example, context: bool = False) -> tuple[str, str]:
+    """The published training prompt's text up to the question's first word, and the rest to the last choice.
+
+    Braces are literal.
+    """
     options = "\n".join(f"({LETTERS[i]}).{{{choice}}}" for i, choice in enumerate(example.choices))
     before = f"[Context]:{{{example.context}}}\n" if context and example.context else ""
-    return f"{before}[Question]:{{{example.question}}}\n[Options]:\n{options}\nAnswer:\n"
+    return f"{before}[Question]:{{", f"{example.question}}}\n[Options]:\n{options}"
 
 
 def answer_label(example: Example, style: str) -> str:
@@ -141,6 +149,11 @@ class RowBuilder:
         """num_patches: K of the latent steps; 0 where none takes any, None where one takes all."""
         self.processor, self.config, self.num_patches = processor, config, num_patches
 
+    def question(self, example: Example, show_context: bool = False) -> tuple[str, str]:
+        """The question's text as the model reads it: its opening, and the rest with the backbone's cue."""
+        opening, rest = question_text(example, self.config.context or show_context)
+        return opening, rest + self.processor.CUE
+
     def prompt_row(self, example: Example, key: str, row_id: int, latents: int, *, show_context: bool = False) -> Row:
         """The question alone, ready for `latents` latent steps; its context where the config or `show_context` says so.
 
@@ -158,7 +171,7 @@ class RowBuilder:
             except ValueError as error:
                 raise UnusableSample(f"image: {error}") from error
             grids = [grid]
-        ids = self.processor.prompt_ids(question_text(example, self.config.context or show_context), grids)
+        ids = self.processor.prompt_ids(*self.question(example, show_context), grids)
         if latents and grids:
             check_num_patches(self._image_columns(grids), self.num_patches or 0)
         given: list[int] = []

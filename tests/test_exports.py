@@ -141,7 +141,7 @@ def test_adapter_that_does_not_say_its_base(adapter):
         ("latents", True, "latents: Input should be a valid integer"),
         ("stage", "two", "stage: Input should be a valid integer"),
         ("data", None, "data: Input should be a valid string"),
-        ("backbone", "vit", "backbone: expected one of qwen2_vl (given: 'vit')"),
+        ("backbone", "vit", "backbone: expected one of qwen2_vl, qwen2_5_vl, chameleon (given: 'vit')"),
         ("latent", {"num_patches": "2"}, "latent.num_patches: Input should be a valid integer"),
         ("latent", None, "latent: Input should be"),
         ("colour", 1, "unknown key colour"),

@@ -55,8 +55,8 @@ def options(case):
 def rows_of(case, data, config):
     """The collated batch taken apart to rows; (rows, format, left padding of each row in the recorded batch)."""
     special = case["special_ids"]
-    fmt = RowFormat(special["pad"], special["image"], data["pixel_values"].shape[-1], 2)
-    pixels = data["pixel_values"].reshape(len(data["image_grid_thw"]), -1, fmt.patch_dim)
+    fmt = RowFormat(special["pad"], special["image"], (4, data["pixel_values"].shape[-1]), (1, 2, 2), 2)
+    pixels = data["pixel_values"].reshape(len(data["image_grid_thw"]), -1, fmt.blank_shape[1])
     rows, left = [], []
     for i, ids in enumerate(data["input_ids"]):
         mask = data.get("attention_mask", torch.ones_like(data["input_ids"]))[i].bool()

@@ -138,7 +138,7 @@ def generate(
             # generate wants the embeddings of all columns, and cuts off those that the cache has
             inputs_embeds=tip[:, None].expand(-1, mask.shape[1], -1),
             attention_mask=mask.long(),
-            position_ids=(run.sequence.next_position - 1).expand(3, -1)[..., None],
+            position_ids=backbone.position_ids((run.sequence.next_position - 1).expand(3, -1)[..., None]),
             past_key_values=kept.cache,
             generation_config=decoding.config(),
             synced_gpus=decoding.synced,

@@ -16,27 +16,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Output = Tensor | tuple[Tensor]
+"""Of a layer: a tensor, or a tuple of one"""
+
 
 class LayerTape:
-    """Outputs (B,L,D) of the decoder's layers, in the order of their calls; given back as whole sequences (B,T,D)."""
+    """Outputs (B,L,D) of the decoder's layers, in the order of their calls; given back as whole sequences (B,T,D).
+
+    Some decoders' layers put out a tuple of one tensor; it is given back as one.
+    """
 
     def __init__(self) -> None:
-        self._passes: list[list[Tensor]] = []
+        self._passes: list[list[Output]] = []
         self.whole = False
         """Whether the passes are over and layers take their outputs from here."""
 
     def start_pass(self) -> None:
         self._passes.append([])
 
-    def record(self, output: Tensor) -> None:
+    def record(self, output: Output) -> None:
         self._passes[-1].append(output)
 
-    def take(self) -> Tensor:
+    def take(self) -> Output:
         """The next layer's output over all passes, which is forgotten here."""
-        return torch.cat([outputs.pop(0) for outputs in self._passes], dim=1)
+        outputs = [outputs.pop(0) for outputs in self._passes]
+        whole = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs], dim=1)
+        return (whole,) if isinstance(outputs[0], tuple) else whole
 
 
-def run_layer(layer: Callable[..., Tensor], hidden: Tensor, *args: Any) -> Tensor:
+def run_layer(layer: Callable[..., Output], hidden: Tensor, *args: Any) -> Output:
     """A layer's checkpointing function; transformers calls it with the layer's keyword arguments bound in `layer`."""
     latent = getattr(layer, "keywords", {}).get("latent")
     tape = latent.tape if latent is not None else None
@@ -48,7 +56,7 @@ def run_layer(layer: Callable[..., Tensor], hidden: Tensor, *args: Any) -> Tenso
         return output
     known = [tape.take()]
 
-    def recorded_or_run(hidden: Tensor) -> Tensor:
+    def recorded_or_run(hidden: Tensor) -> Output:
         # the reentrant kind calls this twice: now, without a graph, and in backward, with one
         return layer(hidden, *args) if torch.is_grad_enabled() else known.pop()
 

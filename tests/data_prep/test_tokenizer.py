@@ -79,7 +79,7 @@ def test_same_pieces_as_sentencepiece(folder: Path, trained: Any) -> None:
 
 def test_special_tokens_and_template(trained: Any) -> None:
     assert (trained.eos_token, trained.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    for token in tokenizer.SPECIAL_TOKENS:
+    for token in tokenizer.KINDS["qwen"].special:
         assert trained.tokenize(token) == [token]
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}
     shown = trained.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
@@ -89,6 +89,21 @@ def test_special_tokens_and_template(trained: Any) -> None:
     assert trained.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == (
         "<|im_start|>user\na<|im_end|>\n"
     )
+
+
+def test_kind_of_chameleon(tmp_path: Path) -> None:
+    made = train_tokenizer(trails_texts(), tmp_path / "a", 450, "chameleon")
+    assert len(made) == 450 and made.chat_template is None
+    assert (made.bos_token, made.eos_token, made.pad_token, made.sep_token) == (
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<reserved08706>",
+    )
+    for token in ("<image>", "<racm3:break>", "<eoss>"):
+        assert made.tokenize(token) == [token] and token in made.all_special_tokens
+    with pytest.raises(UserError, match="--kind llama: expected one of qwen, chameleon"):
+        train_tokenizer(trails_texts(), tmp_path / "b", 450, "llama")
 
 
 def test_training_is_deterministic(folder: Path, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.batch import Row
 from pipeline.latent.forward import LatentConfig
+from tests.pipeline.tiny import family_of
 
 Choice = Callable[[int], list[int]]
 """Step -> the question columns that it takes."""
@@ -39,20 +40,19 @@ class NaiveRow:
 
     def __init__(
         self,
-        vlm: Qwen2VLForConditionalGeneration,
+        vlm: Any,
         row: Row,
         config: LatentConfig,
         choice: Choice | None = None,
     ) -> None:
         """choice: takes the place of the selection."""
         self.vlm, self.row, self.config, self.choice = vlm, row, config, choice
+        self.family = family_of(vlm)
         ids = torch.tensor(row.prompt_ids)
         self.free = [column for column, token in enumerate(row.prompt_ids) if token == vlm.config.image_token_id]
         self.prompt = self.embed(ids)
         if row.pixel_values is not None:
-            grid = torch.tensor(row.image_grid)
-            features = torch.cat(vlm.model.get_image_features(torch.from_numpy(row.pixel_values), grid).pooler_output)
-            columns = dict(zip(self.free, features, strict=True))
+            columns = dict(zip(self.free, self.family.features(vlm, row), strict=True))
             self.prompt = torch.stack([columns.get(i, embedding) for i, embedding in enumerate(self.prompt)])
         self.embeds = self.prompt
         self.positions = torch.from_numpy(row.prompt_positions)
@@ -63,7 +63,7 @@ class NaiveRow:
             self.take_step(step)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.vlm.model.language_model.embed_tokens(ids)
+        return self.family.embed(self.vlm, ids)
 
     def append(self, embeds: Tensor) -> None:
         """Columns at the next positions, on all three axes."""
@@ -101,7 +101,7 @@ class NaiveRow:
 
     def logits(self) -> Tensor:
         """(T,vocab) of the sequence so far."""
-        return self.vlm.lm_head(full_pass(self.vlm, self.embeds, self.positions)[0])
+        return self.family.logits(self.vlm, full_pass(self.vlm, self.embeds, self.positions)[0])
 
     def nll(self) -> Tensor:
         """Negative log-likelihood of each target token; the last column before them predicts the first."""
@@ -127,15 +127,10 @@ def smallest_gap(scores: Tensor) -> float:
     return min((b - a for a, b in itertools.pairwise(scores.sort().values.tolist())), default=float("inf"))
 
 
-def full_pass(vlm: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def full_pass(vlm: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Final hidden states (T,D) and attention maps (layers,H,T,T) of a whole prefix."""
-    out = vlm.model.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=positions[:, None],
-        attention_mask=masks(len(embeds), vlm.config.text_config.sliding_window),
-        use_cache=False,
-        output_attentions=True,
-    )
+    window = getattr(vlm.config.get_text_config(), "sliding_window", None)
+    out = family_of(vlm).decode(vlm, embeds, positions, masks(len(embeds), window))
     return out.last_hidden_state[0], torch.cat(out.attentions)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batch import IGNORE, Row, RowFormat, collate, masked_row
 
-FORMAT = RowFormat(pad_id=9, image_token_id=6, patch_dim=3, merge=2)
+FORMAT = RowFormat(pad_id=9, image_token_id=6, blank_shape=(4, 3), blank_grid=(1, 2, 2), merge=2)
 
 
 def row(name: str, prompt: list[int], targets: list[int], latents: int = 0, images: int = 0) -> Row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from data_prep.errors import UserError
-from pipeline.config import ROOT, RunConfig, field_names, load_config
+from pipeline.backbones import BACKBONES
+from pipeline.config import ROOT, ModelConfig, RunConfig, field_names, load_config
 from pipeline.user_files import load_json
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -226,8 +227,8 @@ def test_inconsistencies_are_said_at_once() -> None:
     lines = problems(None, {"model.scratch": scratch, "model.lora": "{}", "train.micro_batch": "65"})
     assert [line.removeprefix("defaults: ") for line in lines] == [
         "model.scratch: hidden_size / heads must be a multiple of 16 (rotary sections)",
-        "model.scratch: heads must be a multiple of kv_heads",
         "model.scratch: vision_size / vision_heads must be a multiple of 4",
+        "model.scratch: heads must be a multiple of kv_heads",
         "model.lora: nothing would train the random base of model.scratch",
         "train.micro_batch 65 is larger than train.global_batch 64",
         "no data: give --data DIR, or data.source to make one",
@@ -379,3 +380,7 @@ def test_bounds(name: str, text: str) -> None:
     model = {"model.scratch": "{}"} if "scratch" in name else {"model.path": "m"}
     (line,) = problems(None, {"data.path": "d", **model, name: text})
     assert name in line
+
+
+def test_backbones_of_the_config_are_those_there_are() -> None:
+    assert get_args(ModelConfig.model_fields["backbone"].annotation) == tuple(BACKBONES)

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, collate, masked_row
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.latent.decode import CachedSegments, Decoding, Generation, Sampling, generate
 from pipeline.latent.forward import LatentConfig, LatentMethod
 from pipeline.model import add_lora
 from tests.pipeline.naive import NaiveRow
-from tests.pipeline.tiny import EOS, FORMAT, PAD, Shape, make_row, tiny_models
+from tests.pipeline.tiny import EOS, FAMILIES, PAD, SLIDING, Shape, family_of, make_row, tiny_models
 
 NO_EOS = 10**6
 """No token: decoding goes on to its limit."""
@@ -24,9 +23,13 @@ NEW = 8
 """Tokens of an answer; the random models are of no mind to stop."""
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[Qwen2VL, nn.Module]:
-    backbone, stock = tiny_models()
+WINDOWS = [pytest.param(name, None, id=f"{name} full") for name in FAMILIES]
+WINDOWS += [pytest.param(name, 6, id=f"{name} sliding") for name in SLIDING]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
+    backbone, stock = tiny_models(request.param)
     return backbone.eval(), stock.eval()
 
 
@@ -37,7 +40,7 @@ def rows_of(stock: nn.Module, latents: tuple[int, ...] = (2, 0, 3, 1)) -> list[R
 
 
 def answers(
-    backbone: Qwen2VL,
+    backbone: Any,
     rows: list[Row],
     eos: int = NO_EOS,
     passes: int | None = None,
@@ -45,17 +48,17 @@ def answers(
     config: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> Generation:
-    batch = collate(rows, FORMAT, max(row.latents for row in rows) if passes is None else passes)
+    batch = collate(rows, family_of(backbone).format, max(row.latents for row in rows) if passes is None else passes)
     decoding = Decoding(count, eos, Sampling(**sampling))
     method = LatentMethod.of(LatentConfig(num_patches=4, **(config or {})), backbone)
     return generate(backbone, batch, method, decoding)
 
 
 @pytest.mark.parametrize("positions", ["mrope", "sequential"])
-@pytest.mark.parametrize("window", [None, 6], ids=["full", "sliding"])
-def test_equals_the_definition(window: int | None, positions: str) -> None:
+@pytest.mark.parametrize(("name", "window"), WINDOWS)
+def test_equals_the_definition(name: str, window: int | None, positions: str) -> None:
     """Rows of 2, 0, 3 and 1 latents in one batch give what each prefix, computed from nothing, predicts."""
-    backbone, stock = tiny_models(window)
+    backbone, stock = tiny_models(name, window)
     backbone.eval()
     rows = rows_of(stock)
     config = {"positions": positions}
@@ -67,7 +70,7 @@ def test_equals_the_definition(window: int | None, positions: str) -> None:
 
 
 @pytest.mark.parametrize("latents", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 3, 1)], ids=str)
-def test_batch_equals_singles(models: tuple[Qwen2VL, nn.Module], latents: tuple[int, ...]) -> None:
+def test_batch_equals_singles(models: tuple[Any, nn.Module], latents: tuple[int, ...]) -> None:
     backbone, stock = models
     rows = rows_of(stock, latents)
     together = answers(backbone, rows)
@@ -84,10 +87,10 @@ def chosen(out: Generation, rows: list[Row], row: int) -> list[list[int]]:
     return [(s.columns[row][s.filled[row]] - left).tolist() for s in out.steps[: rows[row].latents]]
 
 
-@pytest.mark.parametrize("window", [None, 6], ids=["full", "sliding"])
-def test_without_latents_equals_transformers_generate(window: int | None) -> None:
+@pytest.mark.parametrize(("name", "window"), WINDOWS)
+def test_without_latents_equals_transformers_generate(name: str, window: int | None) -> None:
     """Rows with images, with two, and with none: in one batch, and each alone."""
-    backbone, stock = tiny_models(window)
+    backbone, stock = tiny_models(name, window)
     rows = rows_of(stock.eval(), (0,) * 4)
     expected = [stock_answers(stock, [row])[0] for row in rows]
     assert answers(backbone.eval(), rows).tokens == expected == stock_answers(stock, rows)
@@ -98,13 +101,9 @@ def test_without_latents_equals_transformers_generate(window: int | None) -> Non
 
 def stock_answers(stock: nn.Module, rows: list[Row], count: int = NEW, **options: Any) -> list[list[int]]:
     """What transformers' own model answers to rows of one batch."""
-    batch = collate(rows, FORMAT, 0)
-    images = {
-        "pixel_values": batch.pixel_values,
-        "image_grid_thw": batch.image_grid,
-        "mm_token_type_ids": batch.image_mask.int(),
-    }
-    stock.model.rope_deltas = None  # left over from the batch before
+    family = family_of(stock)
+    batch = collate(rows, family.format, 0)
+    images = family.generate_images(stock, batch)
     out = stock.generate(
         input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), max_new_tokens=count,
         eos_token_id=NO_EOS, pad_token_id=PAD, **{"do_sample": False, **options},
@@ -113,12 +112,13 @@ def stock_answers(stock: nn.Module, rows: list[Row], count: int = NEW, **options
     return out[:, batch.prompt_ids.shape[1] :].tolist()
 
 
-def test_a_peft_wrapped_model_answers_with_its_adapter() -> None:
-    backbone, stock = tiny_models()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_peft_wrapped_model_answers_with_its_adapter(name: str) -> None:
+    backbone, stock = tiny_models(name)
     rows = rows_of(stock, (2, 0, 3, 1))
     plain = answers(backbone.eval(), rows)
-    lora = ModelConfig.model_validate({"path": "x", "lora": LoraConfig(r=2, alpha=64)})
-    wrapped = Qwen2VL(add_lora(backbone.vlm, lora)).eval()
+    lora = ModelConfig.model_validate({"backbone": name, "path": "x", "lora": LoraConfig(r=2, alpha=64)})
+    wrapped = type(backbone)(add_lora(backbone.vlm, lora)).eval()
     assert answers(wrapped, rows).tokens == plain.tokens, "an adapter at its start is none"
     torch.manual_seed(0)
     with torch.no_grad():
@@ -127,10 +127,10 @@ def test_a_peft_wrapped_model_answers_with_its_adapter() -> None:
                 parameter.normal_(std=0.3)
     adapted = answers(wrapped, rows)
     assert adapted.tokens != plain.tokens and adapted.forward_calls == 1 + 3 + NEW
-    assert answers(Qwen2VL(wrapped.vlm.merge_and_unload()).eval(), rows).tokens == adapted.tokens
+    assert answers(type(backbone)(wrapped.vlm.merge_and_unload()).eval(), rows).tokens == adapted.tokens
 
 
-def test_a_row_stops_at_its_eos_and_the_others_go_on(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_a_row_stops_at_its_eos_and_the_others_go_on(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows = rows_of(stock)
     free = answers(backbone, rows).tokens
@@ -142,7 +142,7 @@ def test_a_row_stops_at_its_eos_and_the_others_go_on(models: tuple[Qwen2VL, nn.M
     assert stopped.autoregressive_steps(2) == 3 + len(expected[2])
 
 
-def test_forward_calls(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_forward_calls(models: tuple[Any, nn.Module]) -> None:
     """The question, one call a latent step, one a token; no call once every row has its eos."""
     backbone, stock = models
     rows = rows_of(stock)
@@ -159,7 +159,7 @@ def test_forward_calls(models: tuple[Qwen2VL, nn.Module]) -> None:
     assert alone.forward_calls == len(calls) == 1 + 3 + length
 
 
-def test_each_call_feeds_new_columns_only(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_each_call_feeds_new_columns_only(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows, fed = rows_of(stock), []
     handle = backbone.decoder.layers[0].register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
@@ -168,9 +168,7 @@ def test_each_call_feeds_new_columns_only(models: tuple[Qwen2VL, nn.Module]) -> 
     assert fed == [max(len(row.prompt_ids) for row in rows), 5, 5, 5] + [1] * NEW
 
 
-def test_a_finished_rank_goes_on_until_all_are(
-    models: tuple[Qwen2VL, nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_rank_goes_on_until_all_are(models: tuple[Any, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ZeRO-3 a rank whose rows have ended runs along, and its answers stay as they were."""
     backbone, stock = models
     rows = rows_of(stock)[2:3]
@@ -183,7 +181,7 @@ def test_a_finished_rank_goes_on_until_all_are(
         unfinished += len(asked) <= NEW  # it writes NEW tokens
 
     monkeypatch.setattr(torch.distributed, "all_reduce", add_the_other_rank)
-    batch = collate(rows, FORMAT, 3)
+    batch = collate(rows, family_of(backbone).format, 3)
     along = generate(
         backbone, batch, LatentMethod.of(LatentConfig(num_patches=4), backbone), Decoding(NEW, eos, synced=True)
     )
@@ -192,7 +190,7 @@ def test_a_finished_rank_goes_on_until_all_are(
     assert asked == [n >= len(along.tokens[0]) for n in range(NEW + 1)]
 
 
-def test_one_new_token(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_one_new_token(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows = rows_of(stock)
     out = answers(backbone, rows, count=1)
@@ -213,7 +211,7 @@ def test_the_last_column_is_taken_out_and_padding_goes_left() -> None:
 
 
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.7}, {"top_k": 3}, {"top_p": 0.8, "top_k": 5}], ids=str)
-def test_sampling_is_transformers_own(models: tuple[Qwen2VL, nn.Module], sampling: dict[str, float]) -> None:
+def test_sampling_is_transformers_own(models: tuple[Any, nn.Module], sampling: dict[str, float]) -> None:
     """The same draws as transformers' generate makes from the same seed and options; another seed, other draws."""
     backbone, stock = models
     rows = rows_of(stock, (0,) * 4)
@@ -228,7 +226,7 @@ def test_sampling_is_transformers_own(models: tuple[Qwen2VL, nn.Module], samplin
     assert ours(5) == ours(5) == expected != ours(6)
 
 
-def test_sampling_after_latent_steps(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_sampling_after_latent_steps(models: tuple[Any, nn.Module]) -> None:
     """Cold, almost all of the mass cut off, or one token left: the likeliest token, as greedy decoding takes it."""
     backbone, stock = models
     rows = rows_of(stock)
@@ -240,7 +238,7 @@ def test_sampling_after_latent_steps(models: tuple[Qwen2VL, nn.Module]) -> None:
     assert answers(backbone, rows, temperature=3.0).tokens != greedy
 
 
-def test_a_checkpoints_own_generation_config_has_no_part(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_a_checkpoints_own_generation_config_has_no_part(models: tuple[Any, nn.Module]) -> None:
     """Qwen2-VL's asks for sampling; others penalise or forbid tokens."""
     backbone, stock = models
     rows = rows_of(stock)
@@ -273,23 +271,23 @@ def test_bad_sampling(values: dict[str, float], message: str) -> None:
     assert not Sampling().problems() + Sampling(0.7, 0.9, 20).problems()
 
 
-def test_masked_rows_alone(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_masked_rows_alone(models: tuple[Any, nn.Module]) -> None:
     """Every rank answers, one whose rows are all masked too: its cache is empty when generate begins."""
     backbone, _ = models
-    assert len(answers(backbone, [masked_row(FORMAT)]).tokens[0]) == NEW
-    out = answers(backbone, [masked_row(FORMAT), masked_row(FORMAT)], passes=2)
+    assert len(answers(backbone, [masked_row(family_of(backbone).format)]).tokens[0]) == NEW
+    out = answers(backbone, [masked_row(family_of(backbone).format), masked_row(family_of(backbone).format)], passes=2)
     assert out.forward_calls == 1 + 2 + NEW and out.autoregressive_steps(0) == NEW
 
 
-def test_masked_rows_and_further_passes_change_no_answer(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_masked_rows_and_further_passes_change_no_answer(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows = rows_of(stock, (1, 0, 2, 1))
-    out = answers(backbone, [masked_row(FORMAT), *rows], passes=4)
+    out = answers(backbone, [masked_row(family_of(backbone).format), *rows], passes=4)
     assert out.tokens[1:] == answers(backbone, rows).tokens
     assert [out.autoregressive_steps(i + 1) for i in range(4)] == [row.latents + NEW for row in rows]
 
 
-def test_targets_are_not_looked_at(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_targets_are_not_looked_at(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows = rows_of(stock)
     expected = answers(backbone, rows).tokens

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline import registry
-from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.forward import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.parts import FEEDBACKS, Reading
 from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, latent_forward
@@ -27,7 +26,7 @@ from pipeline.loss import token_nll
 from pipeline.model import LatentModel
 from pipeline.registry import Registry, load_plugin
 from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass
-from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
+from tests.pipeline.tiny import Shape, family_of, make_row, tiny_models
 
 SCHEDULES = {
     "segmented": Schedule("segmented"),
@@ -71,9 +70,9 @@ class NaiveParts(NaiveRow):
             self.append(torch.stack(new))
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[Qwen2VL, nn.Module]:
-    return tiny_models()
+@pytest.fixture(scope="module", params=["qwen2_vl", "chameleon"])
+def models(request: pytest.FixtureRequest) -> tuple[Backbone, nn.Module]:
+    return tiny_models(request.param)
 
 
 def rows_of(stock: nn.Module, latents: list[int]) -> list[Row]:
@@ -82,13 +81,13 @@ def rows_of(stock: nn.Module, latents: list[int]) -> list[Row]:
     return [make_row(Shape(*shape), number, stock) for number, shape in enumerate(shapes)]
 
 
-def method_of(backbone: Qwen2VL, **options: object) -> LatentMethod:
+def method_of(backbone: Backbone, **options: object) -> LatentMethod:
     torch.manual_seed(0)
     return LatentMethod.of(LatentConfig(num_patches=2, **options), backbone)
 
 
 @contextmanager
-def checkpointed(backbone: Qwen2VL, enabled: bool) -> Iterator[None]:
+def checkpointed(backbone: Backbone, enabled: bool) -> Iterator[None]:
     if enabled:
         enable_checkpointing(backbone.core)
     yield
@@ -105,13 +104,13 @@ def gradients(modules: list[nn.Module], loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join([way[0], way[1], "checkpointed" if way[2] else "plain"]))
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: " ".join(parts.values()))
-def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], parts: dict[str, str], way: tuple) -> None:
+def test_equals_the_definition(models: tuple[Backbone, nn.Module], parts: dict[str, str], way: tuple) -> None:
     """Loss and every gradient, the parts' own parameters included; rows of 2, 0, 3 and 1 steps in one batch."""
     backbone, stock = models
     latent_grad, schedule, checkpointing = way
     method = method_of(backbone, latent_grad=latent_grad, **parts)
     rows = rows_of(stock, [2, 0, 3, 1])
-    batch = collate(rows, FORMAT, 3)
+    batch = collate(rows, family_of(stock).format, 3)
     with checkpointed(backbone, checkpointing):
         trace = latent_forward(backbone, batch, method, SCHEDULES[schedule])
         nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
@@ -125,12 +124,12 @@ def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], parts: dict[st
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: " ".join(parts.values()))
-def test_answers_equal_the_definition(models: tuple[Qwen2VL, nn.Module], parts: dict[str, str]) -> None:
+def test_answers_equal_the_definition(models: tuple[Backbone, nn.Module], parts: dict[str, str]) -> None:
     backbone, stock = models
     method, rows = method_of(backbone, **parts), rows_of(stock, [2, 0, 3, 1])
     backbone.eval()
     with torch.no_grad():
-        out = generate(backbone, collate(rows, FORMAT, 3), method, Decoding(NEW, 10**6))
+        out = generate(backbone, collate(rows, family_of(stock).format, 3), method, Decoding(NEW, 10**6))
         expected = [NaiveParts(stock, row, method).answer(NEW, 10**6) for row in rows]
     backbone.train()
     assert out.tokens == expected
@@ -138,13 +137,13 @@ def test_answers_equal_the_definition(models: tuple[Qwen2VL, nn.Module], parts: 
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way[:2]))
-def test_given_tokens(models: tuple[Qwen2VL, nn.Module], way: tuple) -> None:
+def test_given_tokens(models: tuple[Backbone, nn.Module], way: tuple) -> None:
     """Tokens between latent steps and text are read and not predicted, in training and in answers."""
     backbone, stock = models
     method = method_of(backbone, latent_grad=way[0])
     rows = [replace(row, given=2) for row in rows_of(stock, [2, 0, 3, 1])]
     rows[3].target_ids = rows[3].target_ids[:2]  # nothing but given tokens
-    batch = collate(rows, FORMAT, 3)
+    batch = collate(rows, family_of(stock).format, 3)
     with checkpointed(backbone, way[2]):
         trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
         nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
@@ -163,10 +162,10 @@ def test_given_tokens(models: tuple[Qwen2VL, nn.Module], way: tuple) -> None:
             assert answer == naive.answer(NEW, 10**6)
 
 
-def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Backbone, nn.Module]) -> None:
     """Through s alone: with pause feedback nothing else joins the last pass to the query of the pass before."""
     backbone, stock = models
-    batch = collate(rows_of(stock, [1, 1, 1, 1]), FORMAT, 1)
+    batch = collate(rows_of(stock, [1, 1, 1, 1]), family_of(stock).format, 1)
     reached = {}
     for latent_grad in ("bptt", "detach"):
         method = method_of(backbone, feedback="pause", weighting="weighted", latent_grad=latent_grad)
@@ -175,11 +174,11 @@ def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Qwen2VL,
     assert reached == {"bptt": True, "detach": False}
 
 
-def test_norm_loss(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_norm_loss(models: tuple[Backbone, nn.Module]) -> None:
     """log(|h| / mean |embedding|)^2, mean over a row's steps; added to each of its labelled tokens' NLL."""
     backbone, stock = models
     rows = rows_of(stock, [2, 0, 3, 1])
-    batch = collate(rows, FORMAT, 3)
+    batch = collate(rows, family_of(stock).format, 3)
     plain, added = (
         LatentModel(backbone, LatentConfig(num_patches=2, auxiliary=name, auxiliary_weight=0.5))
         for name in ("none", "norm")
@@ -194,15 +193,15 @@ def test_norm_loss(models: tuple[Qwen2VL, nn.Module]) -> None:
             naive.take_step(step)
         expected += 0.5 * float(sum(terms)) / max(1, len(terms)) * len(row.target_ids)
     difference = added(batch)[0] - plain(batch)[0]
-    assert expected > 0.05
-    assert float(difference) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.005
+    assert float(difference) == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
-def test_last_columns_of_a_reading(models: tuple[Qwen2VL, nn.Module]) -> None:
+def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
     """The newest real columns of each row, across passes and past masked ones."""
     backbone, stock = models
     rows = rows_of(stock, [2, 0, 3, 1])
-    trace = latent_forward(backbone, collate(rows, FORMAT, 3), method_of(backbone))
+    trace = latent_forward(backbone, collate(rows, family_of(stock).format, 3), method_of(backbone))
     reading = trace.steps[2].reading
     hidden, there = reading.last(4)
     assert there.all()
@@ -253,16 +252,17 @@ def test_a_plugin_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_path: Path) -> None:
     backbone, stock = models
-    (tmp_path / "mean.py").write_text(MEAN.format(name="mean_four"))
+    name = f"mean_of_{family_of(stock).backbone.MODEL_TYPE}"
+    (tmp_path / "mean.py").write_text(MEAN.format(name=name))
     load_plugin(tmp_path / "mean.py")
-    batch = collate(rows_of(stock, [2, 0, 3, 1]), FORMAT, 3)
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
     found = {}
-    for name, schedule in SCHEDULES.items():
-        method = method_of(backbone, feedback="mean_four", latent_grad="detach")
-        with checkpointed(backbone, name == "whole-layers"):
+    for way, schedule in SCHEDULES.items():
+        method = method_of(backbone, feedback=name, latent_grad="detach")
+        with checkpointed(backbone, way == "whole-layers"):
             trace = latent_forward(backbone, batch, method, schedule)
             nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
-            found[name] = (nll, gradients([backbone.core], nll.mean()))
+            found[way] = (nll, gradients([backbone.core], nll.mean()))
     for name in ("prepass", "whole-layers"):
         torch.testing.assert_close(found[name][0], found["segmented"][0], atol=1e-5, rtol=0)
         for ours, theirs in zip(found[name][1], found["segmented"][1], strict=True):

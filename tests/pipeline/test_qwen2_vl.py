@@ -64,7 +64,7 @@ def test_positions_by_hand(processor: Qwen2VLProcessor) -> None:
 def test_positions_of_whole_prompts(
     processor: Qwen2VLProcessor, stock: Qwen2VLForConditionalGeneration, grids: list[tuple[int, int, int]]
 ) -> None:
-    ids = processor.prompt_ids("[Question]:{Which fruit is it?}", grids)
+    ids = processor.prompt_ids("[Question]:{", "Which fruit is it?}", grids)
     assert ids.count(processor.image_token_id) == sum(h * w // 4 for _, h, w in grids)
     expected = rope_index(stock, torch.tensor(ids) == processor.image_token_id, grids)
     assert processor.positions(ids, grids).tolist() == expected.tolist()
@@ -100,7 +100,7 @@ def test_image_columns_are_those_of_the_image(
             processor.image_columns(width, height)
         return
     assert processor.image_columns(width, height) == t * h * w // 4
-    assert pixels.shape == (t * h * w, processor.row_format.patch_dim) and pixels.dtype == np.float32
+    assert pixels.shape == (t * h * w, processor.row_format.blank_shape[1]) and pixels.dtype == np.float32
 
 
 def test_published_image(model_folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_saved_processor_is_one_of_transformers(processor: Qwen2VLProcessor, tmp
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which fruit is it?"}]}]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert processor.prompt_ids("Which fruit is it?", [(1, 2, 2)]) == expected
+    assert processor.prompt_ids("Which ", "fruit is it?", [(1, 2, 2)]) == expected
 
 
 def test_sliding_window() -> None:
