@@ -88,11 +88,11 @@ def test_zero3_equals_plain_pytorch(whole_run, data):
 
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "qwen2_vl"])
 def test_other_backbones_equal_plain_pytorch(backbone, data, tmp_path):
-    """Three short stages from random weights on one rank; the last export answers with its latent steps."""
+    """Three short stages from random weights, parameters split over two ranks; the last export answers with its latent steps."""
     out = tmp_path / "run"
     stages = "[{latents: 0, skip: 0, steps: 3}, {latents: 1, skip: 1, steps: 2}, {latents: 2, skip: 2, steps: 2}]"
     settings = {"model.backbone": backbone, "curriculum.stages": stages, "train.export": "last"}
-    train(out, data, *options_of(settings))
+    train(out, data, *options_of(settings), ranks=2, ds="zero3_lean")
     assert_losses(losses(out), plain_losses(out, data, steps=7, **settings), 1e-5)
     loaded, index = load_export(out / "export" / "stage2"), open_split(data, "test")
     row = loaded.builder.prompt_row(index.read(0), index.key(0), 0, loaded.info.latents)
