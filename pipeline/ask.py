@@ -65,11 +65,12 @@ def main(
     except InvalidExample as error:
         raise UserError(str(error)) from None
     loaded = load_export(folder)
+    if context:  # what is given is shown, whether or not the model was trained with one
+        loaded = loaded.asked(context=True)
     n = loaded.info.latents if latents is None else latents
     start = time.perf_counter()
     try:
-        # a context that is given is shown, whether or not the model was trained with one
-        row = loaded.builder.prompt_row(example, "question", 0, n, show_context=bool(context))
+        row = loaded.builder.prompt_row(example, "question", 0, n)
     except UnusableSample as error:
         raise UserError(str(error)) from None
     torch.manual_seed(seed)

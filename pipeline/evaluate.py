@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding, Generation, Sampling
-from pipeline.prompt import LETTERS, UnusableSample
+from pipeline.prompt import LETTERS, PROMPTS, UnusableSample
 from pipeline.registry import load_plugin
 from pipeline.report import Report, breakdown, breakdown_fields, write_reports
 
@@ -49,6 +50,7 @@ def main(
     top_k: int = 0,
     seed: int = 0,
     plugin: Path | None = None,
+    prompt: Literal["default", "released", "context"] | None = None,
     out: Path | None = None,
 ) -> None:
     """Answer the questions of a split and report strict accuracy, autoregressive steps and seconds a question.
@@ -59,7 +61,8 @@ def main(
     --temperature: 0 takes the likeliest token, above it tokens are drawn, among the --top_k likeliest (0: all) and
     those with probability --top_p together; --seed: of the draws, each model's anew; --out: folder for predictions and
     report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it; --plugin: the file that the model's method came
-    from.
+    from; --prompt: as in training, as the released code asks, or with the context or hint; as the model's recipe says
+    without it.
 
     Without a temperature, an answer depends neither on --batch nor on the other questions, but for rounding.  With one,
     all draws come from one generator: the same seed, batch size and limit give the same answers.
@@ -82,6 +85,8 @@ def main(
     reports = []
     for name, export in models:
         loaded = load_export(export)
+        if prompt:
+            loaded = loaded.asked(**PROMPTS[prompt])
         n = loaded.info.latents
         if latents is not None and export == models[-1][1]:
             name, n = f"{name} n={latents}", latents
@@ -254,7 +259,7 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
         "topic": example.fields.get("topic", ""),
         "context": example.context,
         "image": example.image is not None,
-        "messages": ["".join(loaded.builder.question(example)), answer.text],
+        "messages": ["".join(loaded.builder.question(example, answer=True)), answer.text],
         "answer_style": loaded.info.prompt.answer,
         "predicted": None if choice is None else LETTERS[choice],
         "autoregressive_steps": answer.steps,

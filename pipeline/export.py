@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,11 @@ class LoadedModel:
     model: LatentModel
     processor: Any
     device: torch.device
+
+    def asked(self, **settings: Any) -> LoadedModel:
+        """The same with other prompt settings, such as `context=True`."""
+        prompt = self.info.prompt.model_copy(update=settings)
+        return replace(self, info=self.info.model_copy(update={"prompt": prompt}))
 
     @property
     def builder(self) -> RowBuilder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -35,6 +36,8 @@ class PromptConfig(BaseModel):
     """The answer as a letter (M3CoT) or as the 0-based index of the choice (ScienceQA)."""
     context: bool = False
     """Put the context or hint in front of the question (the published prompts leave it out)."""
+    asked: Literal["as_trained", "released"] = "as_trained"
+    """How a model is asked for an answer: with the prompt it was trained on, or with the released code's other one."""
     markers: bool = False
     """Put a token in front of the latent steps and one behind them (Coconut); with LoRA they are not trained."""
     image_size: int | None = Field(None, ge=28)
@@ -45,6 +48,24 @@ class PromptConfig(BaseModel):
     """Most columns of a final sequence (published: 3400)."""
     overlong: Literal["drop_steps", "skip"] = "drop_steps"
     """Rows above the limit lose trailing steps, or are skipped; image, question and answer are never cut."""
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "default": {"context": False, "asked": "as_trained"},
+    "released": {"context": False, "asked": "released"},
+    "context": {"context": True, "asked": "as_trained"},
+}
+"""Values of the commands' option --prompt, and what they set."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a backbone's prompts write around a question's choices."""
+
+    option: str
+    """In front of a choice; {} is its letter"""
+    cue: str
+    """At the end"""
 
 
 class Processor(Protocol):
@@ -65,8 +86,14 @@ class Processor(Protocol):
         """Ids of the whole prompt, its images where the backbone has them: before the text, or behind its opening."""
         ...
 
-    CUE: str
-    """What the question's text ends in."""
+    def released_ids(self, opening: str, rest: str, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
+        """Ids as the released code asks for an answer, and those that it puts behind the latent steps."""
+        ...
+
+    TRAINED: Layout
+    """Of the published training prompt"""
+    RELEASED: Layout
+    """Of the released code's prompt for answers"""
 
     def image(self, image: Image.Image) -> tuple[np.ndarray, Grid]: ...
 
@@ -85,14 +112,11 @@ class OverlongSample(UnusableSample):
     """A sound sample that does not fit `max_tokens`."""
 
 
-def question_text(example: Example, context: bool = False) -> tuple[str, str]:
-    """The published training prompt's text up to the question's first word, and the rest to the last choice.
-
-    Braces are literal.
-    """
-    options = "\n".join(f"({LETTERS[i]}).{{{choice}}}" for i, choice in enumerate(example.choices))
+def question_text(example: Example, layout: Layout, context: bool = False) -> tuple[str, str]:
+    """A prompt's text up to the question's first word, and the rest.  Braces are literal."""
+    options = "\n".join(f"{layout.option.format(LETTERS[i])}{{{choice}}}" for i, choice in enumerate(example.choices))
     before = f"[Context]:{{{example.context}}}\n" if context and example.context else ""
-    return f"{before}[Question]:{{", f"{example.question}}}\n[Options]:\n{options}"
+    return f"{before}[Question]:{{", f"{example.question}}}\n[Options]:\n{options}{layout.cue}"
 
 
 def answer_label(example: Example, style: str) -> str:
@@ -149,13 +173,14 @@ class RowBuilder:
         """num_patches: K of the latent steps; 0 where none takes any, None where one takes all."""
         self.processor, self.config, self.num_patches = processor, config, num_patches
 
-    def question(self, example: Example, show_context: bool = False) -> tuple[str, str]:
-        """The question's text as the model reads it: its opening, and the rest with the backbone's cue."""
-        opening, rest = question_text(example, self.config.context or show_context)
-        return opening, rest + self.processor.CUE
+    def question(self, example: Example, *, answer: bool = False) -> tuple[str, str]:
+        """The question's text as the model reads it, its opening and the rest; answer: where it is asked for one."""
+        released = answer and self.config.asked == "released"
+        layout = self.processor.RELEASED if released else self.processor.TRAINED
+        return question_text(example, layout, self.config.context)
 
-    def prompt_row(self, example: Example, key: str, row_id: int, latents: int, *, show_context: bool = False) -> Row:
-        """The question alone, ready for `latents` latent steps; its context where the config or `show_context` says so.
+    def prompt_row(self, example: Example, key: str, row_id: int, latents: int, *, answer: bool = True) -> Row:
+        """The question alone, ready for `latents` latent steps; answer: as `prompt.asked` says, else as in training.
 
         Raises UnusableSample.
         """
@@ -171,13 +196,16 @@ class RowBuilder:
             except ValueError as error:
                 raise UnusableSample(f"image: {error}") from error
             grids = [grid]
-        ids = self.processor.prompt_ids(*self.question(example, show_context), grids)
+        text, given = self.question(example, answer=answer), list[int]()
+        if answer and self.config.asked == "released":
+            ids, given = self.processor.released_ids(*text, grids)
+        else:
+            ids = self.processor.prompt_ids(*text, grids)
         if latents and grids:
             check_num_patches(self._image_columns(grids), self.num_patches or 0)
-        given: list[int] = []
         if self.config.markers:
             opening, closing = self.processor.tokenizer.convert_tokens_to_ids(MARKERS)
-            ids, given = [*ids, opening], [closing]
+            ids, given = [*ids, opening], [closing, *given]
         positions = self.processor.positions(ids, grids)
         return Row(key, row_id, ids, positions, given, latents, pixels, grids, given=len(given))
 
@@ -186,7 +214,7 @@ class RowBuilder:
 
         Raises OverlongSample where it stays longer than `max_tokens` without its trailing steps.
         """
-        row = self.prompt_row(example, key, row_id, latents)
+        row = self.prompt_row(example, key, row_id, latents, answer=False)
         pieces = [self.processor.text_ids(step + "\n") for step in steps]
         answer = self.processor.text_ids(ANSWER + answer_label(example, self.config.answer)) + [self.processor.eos_id]
         all_patches = self._image_columns(row.image_grid)

@@ -41,6 +41,7 @@ from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import Monitor, Progress, StepResult, Stopwatch, configure_logging, memory_gb, step_scalars
 from pipeline.plan import Plan, make_plan
+from pipeline.prompt import PROMPTS
 from pipeline.validate import ValidationSet, validate
 
 
@@ -52,6 +53,7 @@ def main(
     out: Path | None = None,
     stages: str | None = None,
     resume: Literal["auto", "never"] = "auto",
+    prompt: Literal["default", "released", "context"] | None = None,
     local_rank: int | None = None,
     **options: str,
 ) -> None:
@@ -60,12 +62,13 @@ def main(
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
     them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
     shard folder; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
-    goes on from what the run folder holds, --resume never stops if it holds anything; --local_rank comes from the
-    launcher.
+    goes on from what the run folder holds, --resume never stops if it holds anything; --prompt: default, released (how
+    answers are asked for) or context (with the context or hint); --local_rank comes from the launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
+    overrides |= {f"prompt.{name}": str(value) for name, value in PROMPTS[prompt].items()} if prompt else {}
     recipes = [Path(name) for name in recipe.split(",")] if recipe else [DEMO_RECIPE]
     config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
     plan = make_plan(config, ds, out, stages, resume, world.size)

@@ -88,7 +88,7 @@ def test_zero3_equals_plain_pytorch(whole_run, data):
 
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "qwen2_vl"])
 def test_other_backbones_equal_plain_pytorch(backbone, data, tmp_path):
-    """Three short stages from random weights, parameters split over two ranks; the last export answers with its latent steps."""
+    """Three short stages from random weights, split over two ranks; the last export answers with its latent steps."""
     out = tmp_path / "run"
     stages = "[{latents: 0, skip: 0, steps: 3}, {latents: 1, skip: 1, steps: 2}, {latents: 2, skip: 2, steps: 2}]"
     settings = {"model.backbone": backbone, "curriculum.stages": stages, "train.export": "last"}

@@ -34,12 +34,13 @@ from pipeline.backbones.weights import load_whole
 from pipeline.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
-from pipeline.prompt import Grid, PromptConfig
+from pipeline.prompt import Grid, Layout, PromptConfig
 
 if TYPE_CHECKING:
     from pipeline.config import ModelConfig, ScratchConfig
 
 IMAGE = "<image>"
+IMAGE_MARKERS = ["<racm3:break>", "<eoss>"]
 SCRATCH_LEVELS = 4
 """Resolutions of the image tokenizer of a model from scratch; each after the first halves the sides."""
 SCRATCH_CELL = 2 ** (SCRATCH_LEVELS - 1)
@@ -198,8 +199,7 @@ class Chameleon(nn.Module):
 class ImageTokenProcessor:
     """Tokenizer, image processor and positions: what turns an example's parts into a row.  Needs no torchvision."""
 
-    CUE = ""
-    """What the question's text ends in."""
+    TRAINED, RELEASED = Layout("({}).", ""), Layout("({}).", "\nAnswer:")
     MAX_ASPECT = 200
     """An image whose sides differ by more would be resized to a picture that fills the memory."""
 
@@ -233,6 +233,13 @@ class ImageTokenProcessor:
     def prompt_ids(self, opening: str, rest: str, grids: Sequence[Grid]) -> list[int]:
         """The text with its images' placeholders behind its opening: no template, no token that begins it."""
         return [*self.text_ids(opening), *[self.image_token_id] * (self.columns * len(grids)), *self.text_ids(rest)]
+
+    def released_ids(self, opening: str, rest: str, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
+        """What transformers' processor makes of `<image>TEXT`; the separator that ends it comes after the latents."""
+        begin, end = self.tokenizer.convert_tokens_to_ids(IMAGE_MARKERS)
+        image = [begin, *[self.image_token_id] * self.columns, end]
+        first = self.tokenizer("")["input_ids"]  # the published tokenizer begins with <s>
+        return [*first, *image * len(grids), *self.text_ids(opening + rest)], [self.tokenizer.sep_token_id]
 
     def image(self, image: Image.Image) -> tuple[np.ndarray, Grid]:
         """Pixel values (1,3,S,S) fp32 of the image's centre, and its grid of columns.

@@ -21,7 +21,7 @@ from pipeline.backbones.weights import load_whole
 from pipeline.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
-from pipeline.prompt import PromptConfig
+from pipeline.prompt import Layout, PromptConfig
 
 if TYPE_CHECKING:
     from pipeline.config import ModelConfig, ScratchConfig
@@ -180,8 +180,7 @@ class QwenProcessor:
 
     PROCESSOR_CLASS: ClassVar[str]
     """What transformers calls the processor of this family."""
-    CUE = "\nAnswer:\n"
-    """What ends the question's text."""
+    TRAINED, RELEASED = Layout("({}).", "\nAnswer:\n"), Layout("{}.", "\nAnswer:")
     IMAGE, TEXT = "<|image_pad|>", "\x00text\x00"
 
     def __init__(
@@ -234,6 +233,12 @@ class QwenProcessor:
         for token in self.tokenizer(before, add_special_tokens=False)["input_ids"]:
             ids += [token] * (next(columns) if token == self.image_token_id else 1)
         return ids + self.text_ids(opening + rest) + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+
+    def released_ids(
+        self, opening: str, rest: str, grids: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[int], list[int]]:
+        """The same turn; nothing stands behind the latent steps."""
+        return self.prompt_ids(opening, rest, grids), []
 
     def _turn(self, images: int) -> list[str]:
         """What the chat template puts before and after the text of a turn."""

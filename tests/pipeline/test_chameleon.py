@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoTokenizer, ChameleonProcessor
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
@@ -206,6 +207,26 @@ def test_saved_processor_is_one_of_transformers(processor: ImageTokenProcessor, 
     ids = [token for token in out["input_ids"][0].tolist() if token not in markers]
     assert ids == processor.prompt_ids("[Question]:{", "Which?", [processor.grid])
     assert np.array_equal(out["pixel_values"], processor.image(image)[0])
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "begins-with-bos"])
+def test_released_question(processor: ImageTokenProcessor, tmp_path: Path, begins: bool) -> None:
+    """Answers are asked for as transformers' processor writes a turn, its separator behind the latent steps."""
+    processor.save(tmp_path)
+    ours, stock = Chameleon.processor(tmp_path, PromptConfig()), ChameleonProcessor.from_pretrained(tmp_path)
+    if begins:
+        for tokenizer in (ours.tokenizer, stock.tokenizer):
+            bos = tokenizer.bos_token
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+            )
+    row = RowBuilder(ours, PromptConfig(asked="released"), 2).prompt_row(make_example(), "k", 0, 1)
+    text = "<image>[Question]:{Which fruit is it?}\n[Options]:\n(A).{a fig}\n(B).{a pear}\nAnswer:"
+    image = Image.new("RGB", (70, 50))
+    expected = stock(images=image, text=text, return_tensors="np")["input_ids"][0].tolist()
+    assert [*row.prompt_ids, *row.target_ids] == expected
+    assert (row.given, list(row.target_ids)) == (1, [stock.tokenizer.sep_token_id])
+    assert (row.prompt_ids[0] == ours.tokenizer.bos_token_id) == begins
 
 
 def test_a_number_of_columns_that_is_no_square(processor: ImageTokenProcessor, tmp_path: Path) -> None:

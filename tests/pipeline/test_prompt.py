@@ -17,6 +17,7 @@ from pipeline.batch import Row, collate
 from pipeline.prompt import MARKERS, PromptConfig, RowBuilder, UnusableSample, answer_label, open_image, question_text
 from tests.pipeline.examples import make_example, picture
 
+LAYOUT = Qwen2VLProcessor.TRAINED
 STEPS = ["It is green", "It has a stem", "Only a pear has both."]
 
 PROMPT = """
@@ -45,20 +46,22 @@ def build(processor: Qwen2VLProcessor, example: Example, latents: int = 0, num_p
 # ---- text -------------------------------------------------------------------------------------
 def test_published_prompt() -> None:
     """The braces are characters of the text."""
-    expected = ("[Question]:{", "Which fruit is it?}\n[Options]:\n(A).{a fig}\n(B).{a pear}")
-    assert question_text(make_example()) == expected
-    assert question_text(make_example(context="A hint")) == expected
+    expected = ("[Question]:{", "Which fruit is it?}\n[Options]:\n(A).{a fig}\n(B).{a pear}\nAnswer:\n")
+    assert question_text(make_example(), LAYOUT) == expected
+    assert question_text(make_example(context="A hint"), LAYOUT) == expected
 
 
 def test_context() -> None:
-    opening, rest = question_text(make_example())
-    assert question_text(make_example(context="A hint"), context=True) == ("[Context]:{A hint}\n" + opening, rest)
-    assert question_text(make_example(), context=True) == question_text(make_example())
+    opening, rest = question_text(make_example(), LAYOUT)
+    hinted = make_example(context="A hint")
+    assert question_text(hinted, LAYOUT, context=True) == ("[Context]:{A hint}\n" + opening, rest)
+    assert question_text(make_example(), LAYOUT, context=True) == question_text(make_example(), LAYOUT)
 
 
 def test_braces_of_the_question_stay() -> None:
     example = make_example(question="{x} of {{y}}?", choices=("{0}", "%s", "{"))
-    assert question_text(example) == ("[Question]:{", "{x} of {{y}}?}\n[Options]:\n(A).{{0}}\n(B).{%s}\n(C).{{}")
+    rest = "{x} of {{y}}?}\n[Options]:\n(A).{{0}}\n(B).{%s}\n(C).{{}\nAnswer:\n"
+    assert question_text(example, LAYOUT) == ("[Question]:{", rest)
 
 
 @pytest.mark.parametrize(("style", "expected"), [("letter", "B"), ("index", "1")])
@@ -131,7 +134,7 @@ def test_special_tokens_in_the_data_stay_text(processor: Qwen2VLProcessor, image
     assert [t for t in row.target_ids if t in special] == [processor.eos_id]
     assert row.target_ids[-1] == processor.eos_id
     text = processor.tokenizer.decode(row.prompt_ids)
-    assert "".join(question_text(forged, context=True)) + "\nAnswer:\n" in text
+    assert "".join(question_text(forged, LAYOUT, context=True)) in text
     collate([row], processor.row_format, 0)  # as many image columns as the image has
 
 
@@ -197,12 +200,15 @@ def test_more_patches_than_the_image_has_are_refused(processor: Qwen2VLProcessor
     build(processor, make_example(image=None), latents=1, num_patches=7)
 
 
-def test_a_context_can_be_shown_for_one_row(processor: Qwen2VLProcessor) -> None:
-    example = make_example(context="A hint", image=picture(56, 56))
-    plain, shown = (RowBuilder(processor, PromptConfig(context=c), 2) for c in (False, True))
-    expected = shown.prompt_row(example, "k", 1, 0).prompt_ids
-    assert plain.prompt_row(example, "k", 1, 0, show_context=True).prompt_ids == expected
-    assert plain.prompt_row(example, "k", 1, 0).prompt_ids != expected
+def test_released_question(processor: Qwen2VLProcessor) -> None:
+    """Answers are asked for as the released code does; training never is."""
+    builders = [RowBuilder(processor, PromptConfig(asked=asked), 2) for asked in ("as_trained", "released")]
+    trained, released = (builder.prompt_row(make_example(), "k", 1, 1) for builder in builders)
+    text = processor.tokenizer.decode(released.prompt_ids)
+    assert "[Question]:{Which fruit is it?}\n[Options]:\nA.{a fig}\nB.{a pear}\nAnswer:<|im_end|>" in text
+    assert released.given == 0 and not released.target_ids
+    rows = [builder.row(make_example(), "k", 1, 1, STEPS) for builder in builders]
+    assert rows[0].prompt_ids == rows[1].prompt_ids == trained.prompt_ids != released.prompt_ids
 
 
 def test_prompt_row_is_the_row_without_targets(processor: Qwen2VLProcessor) -> None:
