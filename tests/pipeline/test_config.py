@@ -13,7 +13,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig, field_names, load_config
 from pipeline.user_files import load_json
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "methods")
 SOUND = {"model.path": "model", "data.path": "data"}
 
 
@@ -315,7 +315,7 @@ def test_dump_is_a_recipe_of_the_same_config(write, overrides: dict[str, str]) -
     assert load_config(write(config.dump()), {}) == config
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_load(recipe: Path, write) -> None:
     config = load_config(recipe, {"data.path": "data"})
     assert load_config(write(config.dump()), {}) == config
