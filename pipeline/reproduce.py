@@ -1,0 +1,188 @@
+"""Command: a published result, from the data to a table beside the paper's figures.
+
+    python -m pipeline.reproduce --recipe published/qwen2vl_m3cot --train
+    python -m pipeline.reproduce --recipe published/qwen2vl_m3cot --from released --weights F.pth
+    python -m pipeline.reproduce --recipe published/qwen2vl_m3cot --run runs/qwen2vl_m3cot
+
+Each part is a command of its own (data_prep.shard, pipeline/train.py, pipeline.convert, pipeline.evaluate,
+pipeline.score); this one calls them in order, and what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from data_prep import cli
+from data_prep.errors import UserError
+from pipeline import evaluate
+from pipeline.config import ROOT, RunConfig, load_config
+from pipeline.export import FILE
+from pipeline.judges import Benchmark, JudgeName
+from pipeline.prepare import data_folder, make_data
+from pipeline.report import Report, read_reports
+from pipeline.score import score_file
+from pipeline.stats import wilson_interval
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the paper reports (arXiv 2510.12603, main table)."""
+
+    accuracy: float
+    """%, by the released code's own scorer"""
+    steps: float
+    """Autoregressive"""
+    seconds: float
+    """A question"""
+
+
+PAPER = {
+    ("qwen2_vl", "m3cot"): Figures(71.8, 10.0, 0.65),
+    ("qwen2_vl", "scienceqa"): Figures(94.6, 11.0, 0.67),
+    ("chameleon", "m3cot"): Figures(41.8, 10.0, 1.13),
+    ("chameleon", "scienceqa"): Figures(64.0, 11.0, 1.14),
+}
+JUDGES: tuple[JudgeName, ...] = ("released", "strict", "official")
+
+
+def main(**options: str) -> None:
+    """Data, weights, answers under the recipe's prompt, and a table of what three scorers make of them.
+
+    --recipe: published/NAME or a file; one of --train (trains here, with deepspeed on --ranks processes, all
+    accelerators without it, and --ds FILE), --from released with --weights F.pth (a checkpoint of the paper's authors),
+    --run DIR (a finished run); --out: folder of weights and answers, runs/NAME without it; --split, --limit and --batch
+    as in pipeline.evaluate; --SECTION.FIELD VALUE: any one setting (pipeline/config.py), such as --model.path DIR.
+    """
+    source = options.pop("from", None)
+    if source not in (None, "released"):
+        raise UserError(f"--from {source}: expected released")
+    reproduce(released=source is not None, **cli.bind(reproduce, options))
+
+
+def reproduce(
+    *,
+    recipe: str,
+    train: bool = False,
+    weights: Path | None = None,
+    run: Path | None = None,
+    ranks: int | None = None,
+    ds: Path = ROOT / "ds_configs" / "zero2.json",
+    out: Path | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch: int = 16,
+    released: bool = False,
+    **settings: str,
+) -> None:
+    """See `main`."""
+    problems = [] if released == (weights is not None) else ["--from released and --weights F.pth go together"]
+    if not problems and [train, released, run is not None].count(True) != 1:
+        problems.append("give one of --train, --from released --weights F.pth, and --run DIR")
+    try:
+        path = recipe_file(recipe)
+        config = load_config(path, settings, also=inspect.signature(reproduce).parameters)
+        benchmark = benchmark_of(config)
+    except UserError as error:
+        raise UserError(*problems, *error.lines) from None
+    if problems:
+        raise UserError(*problems)
+    out = out or ROOT / "runs" / config.name
+    say("data", f"{data_folder(config)}")
+    make_data(config, print)
+    if train:
+        run = out
+        train_run(path, settings, ds, out, ranks)
+    if weights is not None:
+        export = convert_weights(path, settings, config, weights, out / "released")
+    else:
+        assert run is not None
+        export = evaluate.exports_of(run)[-1][1]
+    answers = out / "evaluation" / split
+    say("answers", f"{export} on {split}, asked {'as released' if config.prompt.asked == 'released' else 'as trained'}")
+    evaluate.main(
+        model=export, data=data_folder(config), split=split, limit=limit, batch=batch, out=answers,
+        max_new_tokens=config.eval.max_new_tokens,
+    )  # fmt: skip
+    (report,) = read_reports(answers)
+    print("\n" + "\n".join(table(config, benchmark, report, answers, limit)))
+
+
+def say(part: str, what: str) -> None:
+    """Announce a part of the work."""
+    print(f"== {part}: {what}", flush=True)
+
+
+def recipe_file(name: str) -> Path:
+    """recipes/NAME.yaml, or a file.  Raises UserError naming the recipes there are."""
+    for path in (ROOT / "recipes" / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(ROOT / "recipes").with_suffix("")) for p in (ROOT / "recipes").rglob("*.yaml"))
+    raise UserError(f"--recipe {name}: no such file, and none of {', '.join(known)}")
+
+
+def benchmark_of(config: RunConfig) -> Benchmark:
+    """The benchmark that the recipe's data come from.  Raises UserError for other data."""
+    source = config.data.source
+    if source not in get_args(Benchmark):
+        raise UserError(f"data.source is {source}: expected one of {', '.join(get_args(Benchmark))}")
+    return source  # type: ignore[return-value]
+
+
+def train_run(recipe: Path, settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
+    """All stages, as `deepspeed pipeline/train.py` trains them.  Raises UserError where that fails."""
+    command = ["deepspeed", *(["--num_accelerators", str(ranks)] if ranks else []), str(ROOT / "pipeline" / "train.py")]
+    command += ["--ds", str(ds), "--recipe", str(recipe), "--out", str(out)]
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    say("training", shlex.join(command))
+    try:
+        status = subprocess.run(command).returncode
+    except FileNotFoundError:
+        raise UserError("deepspeed is not on the path: activate the environment that it is installed in") from None
+    if status:
+        raise UserError(f"training ended with status {status}; the same command goes on")
+
+
+def convert_weights(recipe: Path, settings: Mapping[str, str], config: RunConfig, weights: Path, out: Path) -> Path:
+    """The export that `pipeline.convert` makes of a released checkpoint, in `out`; one that is there is taken."""
+    if (out / FILE).is_file():
+        say("weights", f"{out} is there; remove it to convert {weights} again")
+        return out
+    if config.model.path is None:
+        raise UserError("--from released needs model.path, the base model")
+    say("weights", f"{weights} over {config.model.path}")
+    command = [sys.executable, "-m", "pipeline.convert", "--from", "released", "--weights", str(weights)]
+    command += ["--base", config.model.path, "--recipe", str(recipe), "--out", str(out)]
+    command += [f"--{name}={value}" for name, value in settings.items() if name != "model.path"]
+    if status := subprocess.run(command, cwd=ROOT).returncode:
+        raise UserError(f"the weights could not be converted (status {status})")
+    return out
+
+
+def table(config: RunConfig, benchmark: Benchmark, report: Report, answers: Path, limit: int | None) -> list[str]:
+    """The paper's line, and ours by each scorer."""
+    (file,) = answers.glob("*/predictions.jsonl")
+    lines = [f"{'':<28}{'accuracy (95% interval)':>28}{'autoregr. steps':>17}{'s/question':>12}"]
+    if paper := PAPER.get((config.model.backbone, benchmark)):
+        lines.append(f"{'paper':<28}{f'{paper.accuracy:.1f}%':>28}{paper.steps:>17.1f}{paper.seconds:>12.2f}")
+    seconds = "" if report.seconds is None else f"{report.seconds:.2f}"
+    for judge in JUDGES:
+        rows, _ = score_file(file, benchmark, judge)
+        right = sum(row.right for row in rows)
+        low, high = wilson_interval(right, len(rows))
+        accuracy = f"{right / len(rows):.1%} ({low:.1%} to {high:.1%})"
+        lines.append(f"{f'here, {judge} scorer':<28}{accuracy:>28}{report.autoregressive_steps:>17.1f}{seconds:>12}")
+    lines.append(f"{config.name}, {benchmark}: {report.questions} questions of the split"
+                 + (f", drawn evenly (--limit {limit})" if limit else "") + f"; answers in {file}")  # fmt: skip
+    return lines
+
+
+if __name__ == "__main__":
+    cli.run(main)
