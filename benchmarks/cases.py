@@ -19,7 +19,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.attention import ATTENTION_NAME, KeptSegments
-from pipeline.latent.forward import LatentConfig, LatentForward, Trace
+from pipeline.latent.forward import LatentConfig, LatentForward, LatentMethod, Trace
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Wanted, choose_schedule, latent_forward
 from pipeline.loss import token_nll
@@ -117,7 +117,8 @@ def step_loss(name: str, backbone: Qwen2VL, batch: Batch, config: LatentConfig) 
     """Mean NLL of a step, executed as `name` of STEPS says; config: detached."""
     checkpointing = bool(backbone.decoder.layers[0].gradient_checkpointing)
     if name == "segmented_bptt":
-        trace = latent_forward(backbone, batch, config.model_copy(update={"latent_grad": "bptt"}))
+        through = config.model_copy(update={"latent_grad": "bptt"})
+        trace = latent_forward(backbone, batch, LatentMethod.of(through, backbone))
     elif name in ("segmented", "prepass"):
         schedule = choose_schedule(
             cast(Wanted, name),
@@ -126,7 +127,7 @@ def step_loss(name: str, backbone: Qwen2VL, batch: Batch, config: LatentConfig) 
             dropout=has_dropout(backbone.decoder),
             gathers=False,
         )
-        trace = latent_forward(backbone, batch, config, schedule)
+        trace = latent_forward(backbone, batch, LatentMethod.of(config, backbone), schedule)
     else:
         trace = OTHERS[name](backbone, batch, config)
     return token_nll(trace.predictors(batch.latents), batch.labels, backbone.head).mean()
@@ -145,19 +146,20 @@ def ordinary(backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> Trace:
 
 def naive(backbone: Qwen2VL, batch: Batch, config: LatentConfig) -> Trace:
     """Every pass over its whole prefix, nothing kept; SDPA and one explicit row, as fast as the definition allows."""
-    run = LatentForward(backbone, batch, config)
+    run = LatentForward(backbone, batch, LatentMethod.of(config, backbone))
     embeds, positions = run.prompt_embeds, run.prompt_positions
     tips = []
     for _ in range(batch.passes):
-        run.kept, run.passes_run = KeptSegments(), 0
-        hidden, saliency = run.run_pass(embeds, positions, read=True)
-        tips.append(hidden[:, -1])
-        new, at = run.take_step(hidden[:, -1], saliency)
+        run.kept, run.passes = KeptSegments(), []
+        saliency = run.run_pass(embeds, positions, read=True)
+        new, at = run.take_step(saliency)
+        tips.append(run.tips[-1])
         embeds, positions = torch.cat([embeds, new], dim=1), torch.cat([positions, at], dim=2)
-    run.kept, run.passes_run = KeptSegments(), 0
+    run.kept, run.passes = KeptSegments(), []
     embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
     positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
-    hidden, _ = run.run_pass(embeds, positions, read=False)
+    run.run_pass(embeds, positions, read=False)
+    hidden = run.passes[0]
     start = hidden.shape[1] - batch.target_ids.shape[1]
     return Trace(run.steps, [*tips, hidden[:, start - 1]], [hidden], start)
 

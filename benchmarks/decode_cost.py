@@ -29,7 +29,7 @@ from data_prep.errors import UserError
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.forward import LatentConfig, LatentMethod
 
 NO_EOS = 10**6
 """No token: every answer has its full length."""
@@ -55,9 +55,10 @@ def main(
     answers: dict[str, Callable[[], object]] = {}
     for size in (1, 8):
         batch = make_batch(latents, size, text=text).to(device)
-        config, decoding = LatentConfig(num_patches=patches), Decoding(tokens, NO_EOS)
+        method = LatentMethod.of(LatentConfig(num_patches=patches), backbone)
+        decoding = Decoding(tokens, NO_EOS)
         answers[f"none_b{size}"] = partial(write, stock, batch, tokens)
-        answers[f"latent_b{size}"] = partial(generate, backbone, batch, config, decoding)
+        answers[f"latent_b{size}"] = partial(generate, backbone, batch, method, decoding)
         answers[f"cot100_b{size}"] = partial(write, stock, batch, 100)
         answers[f"cot180_b{size}"] = partial(write, stock, batch, 180)
     result: dict[str, dict[str, float]] = {"seconds": {}, "forward_calls": {}}

@@ -16,9 +16,10 @@ from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
 from pipeline.evaluate import exports_of, generate_rows, read_sampling
 from pipeline.export import load_export
+from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
 from pipeline.prompt import LETTERS, Grid, UnusableSample
-from pipeline.score import strict_choice
+from pipeline.registry import load_plugin
 
 
 def main(
@@ -35,14 +36,17 @@ def main(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    plugin: Path | None = None,
 ) -> None:
     """Answer one multiple-choice question, and show which patches each latent step took.
 
     --run: a run folder (its last stage answers) or --model: one export; --image: a picture file; --choice: once for
     each choice, at least twice; --latents: other number of latent steps than trained; --temperature: 0 takes the
     likeliest token, above it tokens are drawn with --seed, among the --top_k likeliest (0: all) and those with
-    probability --top_p together.
+    probability --top_p together; --plugin: the file that the model's method came from.
     """
+    if plugin:
+        load_plugin(plugin)
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
     if latents is not None and latents < 0:

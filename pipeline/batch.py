@@ -42,7 +42,7 @@ class Row:
     prompt_positions: np.ndarray
     """(3, P) positions on the backbone's rotary axes, from 0."""
     target_ids: Sequence[int] = ()
-    """Remaining steps + answer + eos; all of them are labels."""
+    """Remaining steps + answer + eos, which are labels; before them the tokens that are given."""
     latents: int = 0
     pixel_values: np.ndarray | None = None
     """fp32, all images of the row, as the backbone's vision tower takes them."""
@@ -54,6 +54,8 @@ class Row:
     """Why the row is masked: reason for the log."""
     overlong: bool = False
     """Masked because it is too long, which is no fault of the sample."""
+    given: int = 0
+    """How many of the first targets are given and not predicted: what stands between latent steps and text."""
 
 
 def masked_row(fmt: RowFormat, key: str = "", bad: str = "", overlong: bool = False) -> Row:
@@ -95,11 +97,19 @@ class Batch:
     dropped_steps: int = 0
     overlong: int = 0
     """Rows masked because they are too long"""
+    given: int = 0
+    """Target columns from the first on that are given and not predicted"""
 
     @property
     def labels(self) -> Tensor:
-        """(B,R) int64, IGNORE on padding."""
-        return self.target_ids.masked_fill(~self.target_mask, IGNORE)
+        """(B,R) int64, IGNORE on padding and on given tokens."""
+        return self.target_ids.masked_fill(~self.label_mask, IGNORE)
+
+    @property
+    def label_mask(self) -> Tensor:
+        """(B,R) bool: target columns that are predicted."""
+        predicted = torch.arange(self.target_ids.shape[1], device=self.target_ids.device) >= self.given
+        return self.target_mask & predicted
 
     @property
     def columns(self) -> int:
@@ -116,10 +126,12 @@ class Batch:
 def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
     """Align rows to one batch of `passes` latent passes.
 
-    Raises ValueError where a row has more latents than `passes` or its image columns do not match its images.
+    Raises ValueError where a row has more latents than `passes`, its image columns do not match its images, or rows
+    differ in how many of their targets are given.
     """
     size = len(rows)
     width = max(len(row.prompt_ids) for row in rows)
+    given = max(row.given for row in rows)
     target_width = max(1, max(len(row.target_ids) for row in rows))
     prompt_ids = torch.full((size, width), fmt.pad_id)
     prompt_mask = torch.zeros(size, width, dtype=torch.bool)
@@ -127,6 +139,8 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
     target_ids = torch.full((size, target_width), fmt.pad_id)
     target_mask = torch.zeros(size, target_width, dtype=torch.bool)
     for i, row in enumerate(rows):
+        if row.target_ids and row.given != given:
+            raise ValueError(f"{row.key}: {row.given} given tokens in a batch of rows with {given}")
         if row.latents > passes:
             raise ValueError(f"{row.key}: {row.latents} latents in a batch of {passes} passes")
         start, length = width - len(row.prompt_ids), len(row.target_ids)
@@ -154,6 +168,7 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
         target_ids=target_ids,
         target_mask=target_mask,
         row_ids=torch.tensor([row.row_id for row in rows], dtype=torch.int64),
+        given=given,
         passes=passes,
         has_images=has_images,
         keys=[row.key for row in rows],

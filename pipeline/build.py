@@ -55,7 +55,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     indexes = prepare.check_data(prepare.data_folder(config), splits)
     processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
     taken = config.latent.patches_taken
-    if any(stage.latents for stage in config.curriculum.stages):
+    if taken and any(stage.latents for stage in config.curriculum.stages):
         for index in indexes.values():
             prepare.check_patches(index, processor, taken)
     builder = RowBuilder(processor, config.prompt, taken)

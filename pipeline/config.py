@@ -6,7 +6,7 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,6 +20,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.curriculum import CurriculumConfig
 from pipeline.latent.forward import LatentConfig
 from pipeline.prompt import PromptConfig
+from pipeline.registry import load_plugin
 from pipeline.user_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,8 @@ class RunConfig(Section):
 
     name: str = "run"
     """Names the default run folder, runs/NAME."""
+    plugin: str | None = None
+    """A Python file of one's own that registers parts of the method (also --plugin; docs/new_method.md)."""
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     latent: LatentConfig = LatentConfig()
@@ -187,12 +190,18 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
                 yield from field_names(section, f"{prefix}{name}.")
 
 
-def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterable[str] = ()) -> RunConfig:
-    """Defaults <- recipe <- overrides (dotted name -> text); `also` are the command's own options, to be suggested.
+def load_config(
+    recipe: Path | Sequence[Path] | None, overrides: Mapping[str, str], also: Iterable[str] = ()
+) -> RunConfig:
+    """Defaults <- recipes, the first to the last <- overrides (dotted name -> text).
 
-    Raises UserError naming every unknown key (with the nearest right name) and every bad value.
+    `also` are the command's own options, to be suggested.  Raises UserError naming every unknown key (with the nearest
+    right name) and every bad value.
     """
-    values = read_recipe(recipe) if recipe else {}
+    recipes = [recipe] if isinstance(recipe, Path) else list(recipe or [])
+    values: dict[str, Any] = {}
+    for path in recipes:
+        values = merged(values, read_recipe(path))
     known = dict(field_names())
     problems = unknown_options(overrides, [*known, *also])
     for name, text in overrides.items():
@@ -207,8 +216,10 @@ def load_config(recipe: Path | None, overrides: Mapping[str, str], also: Iterabl
             place[section] = place = dict(inner or {})
         else:
             place[last] = _value(text, known[name])
+    if isinstance(plugin := values.get("plugin"), str):
+        load_plugin(Path(plugin))  # before the names that it registers are checked
     try:
-        config = validate(values, str(recipe or "defaults"))
+        config = validate(values, ",".join(map(str, recipes)) or "defaults")
     except UserError as error:
         raise UserError(*problems, *error.lines) from None
     if problems:
@@ -226,6 +237,15 @@ def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
     if problems := list(inconsistencies(config)):
         raise UserError(*(f"{origin}: {line}" for line in problems))
     return config
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `over`, section by section; a list is replaced whole."""
+    both = dict(values)
+    for name, value in over.items():
+        before = both.get(name)
+        both[name] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return both
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -257,8 +277,11 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
         yield f"train.micro_batch {train.micro_batch} is larger than train.global_batch {train.global_batch}"
     if config.data.path is None and config.data.source is None:
         yield "no data: give --data DIR, or data.source to make one"
-    stages = config.curriculum.stages
-    if config.prompt.max_tokens <= max(s.latents for s in stages) * (config.latent.patches_taken + 1):
+    latents = max(stage.latents for stage in config.curriculum.stages)
+    columns = config.latent.step_columns
+    if columns == 0 and latents:
+        yield "latent.feedback none and latent.selection none: a latent step would have no column"
+    if config.prompt.max_tokens <= latents * (columns or 0):
         yield "prompt.max_tokens leaves no room besides the latent columns"
 
 

@@ -5,12 +5,14 @@ Splitting and merging rationales happens here, at training, so one set of shards
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.steps import merge_steps, split_steps
+from pipeline.registry import Registry
 
 
 class StageConfig(BaseModel):
@@ -36,6 +38,18 @@ class StageConfig(BaseModel):
         return self
 
 
+Count = Callable[[StageConfig, int], int]
+"""(stage, explicit steps that the row's rationale has) -> its latent steps, at most the stage's"""
+COUNTS: Registry[Count] = Registry("count")
+COUNTS.add("stage")(lambda stage, steps: stage.latents)
+
+
+@COUNTS.add("replaced")
+def in_proportion(stage: StageConfig, steps: int) -> int:
+    """As many latent steps for each explicit one as the stage has, for those that the row really loses."""
+    return -(-stage.latents * min(stage.skip, steps) // stage.skip) if stage.skip else stage.latents
+
+
 def published_schedule() -> list[StageConfig]:
     return [StageConfig(latents=n, skip=n, epochs=4) for n in range(4)]
 
@@ -49,10 +63,18 @@ class CurriculumConfig(BaseModel):
     """In order; each starts from the end of the one before it."""
     groups: int = Field(3, ge=1)
     """A rationale of more steps than this is merged to so many consecutive groups."""
+    count: str = "stage"
+    """Latent steps of a training row: the stage's (stage), or fewer where its rationale has fewer steps than the stage
+    skips (replaced).  An answer takes the stage's."""
     mix: float = Field(0.0, ge=0, le=1)
     """Share of rows that take a random earlier stage (Coconut's uniform_prob)."""
     reset_optimizer: bool = False
     """Start each stage with a fresh optimizer (Coconut) instead of one throughout (published)."""
+
+    @field_validator("count")
+    @classmethod
+    def known(cls, name: str) -> str:
+        return COUNTS.check(name)
 
 
 @dataclass(frozen=True)
@@ -64,9 +86,10 @@ class View:
     """Explicit steps that remain."""
 
 
-def view(rationale: str, stage: StageConfig, groups: int) -> View:
-    """The view of a rationale at `stage`; n latents are used even where it has fewer steps."""
-    return View(stage.latents, merge_steps(split_steps(rationale), groups)[stage.skip :])
+def view(rationale: str, stage: StageConfig, groups: int, count: str = "stage") -> View:
+    """The view of a rationale at `stage`; by default n latents are used even where it has fewer steps."""
+    steps = merge_steps(split_steps(rationale), groups)
+    return View(min(stage.latents, max(0, COUNTS[count](stage, len(steps)))), steps[stage.skip :])
 
 
 def stage_of_row(config: CurriculumConfig, stage: int, seed: int, epoch: int, sample: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from pipeline.ds_config import Triangle, fill_auto
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule
 from pipeline.memory import RESIDENCY, Forecast, ModelSize, available_memory, forecast, residency, stays_resident
-from pipeline.model import LatentModel, add_lora, decay_groups, resolve_dtype
+from pipeline.model import LatentModel, add_lora, decay_groups, embedding_weights, resolve_dtype, set_to_mean
 from pipeline.prepare import in_a_line
-
-LATENT_TOKEN = "<|latent|>"
+from pipeline.prompt import LATENT_TOKEN, MARKERS
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def build_engine(
         dropout=has_dropout(backbone.decoder),
         gathers=triangle.world > 1 and not resident,
     )
+    torch.manual_seed(config.train.seed)  # the parts' parameters begin alike on all ranks
     module = LatentModel(backbone, config.latent, schedule)
     groups = decay_groups(module, o.weight_decay, o.decay_vectors)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
@@ -89,7 +90,7 @@ def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenize
     family = BACKBONES[model.backbone]
     torch.manual_seed(config.train.seed)
     vlm = load_base(model, base, dtype)
-    add_latent_token(vlm, tokenizer)
+    add_tokens(vlm, tokenizer, [LATENT_TOKEN, *(MARKERS if config.prompt.markers else ())])
     if model.freeze_vision:
         family(vlm).vision.requires_grad_(False)
     if model.lora:
@@ -114,25 +115,24 @@ def load_base(model: ModelConfig, base: Path | str, dtype: torch.dtype) -> Any:
     return vlm
 
 
-def add_latent_token(vlm: Any, tokenizer: Any) -> None:
-    """Give the tokenizer the latent token, and the model a row for it: the mean of the rows in use.
+def add_tokens(vlm: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Give the tokenizer these special tokens, and the model a row for each it did not have: the mean of those in use.
 
     A padded vocabulary (Qwen2-VL-7B: 152,064 rows for fewer tokens) is used as it is and never shrinks.
     """
     used = len(tokenizer)
-    if not tokenizer.add_tokens([LATENT_TOKEN], special_tokens=True):
+    added = tokenizer.add_tokens(list(tokens), special_tokens=True)
+    if not added:
         return
-    row = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
     rows = vlm.get_input_embeddings().num_embeddings
-    if row >= rows:
+    if len(tokenizer) > rows:
         vlm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    weights = {id(w): w for w in (vlm.get_input_embeddings().weight, vlm.get_output_embeddings().weight)}
-    for weight in weights.values():
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
-            if weight.shape[0] > row:  # gathered here
-                # rows that a resize added are set too; those of a padded vocabulary stay as they came
-                new = slice(rows, None) if row >= rows else slice(row, row + 1)
-                weight[new] = weight[:used].float().mean(0).to(weight.dtype)
+    # rows that a resize added are set too; those of a padded vocabulary stay as they came
+    new = slice(used, None if len(tokenizer) > rows else len(tokenizer))
+    for weight in embedding_weights(vlm):
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            if weight.shape[0] > used:  # gathered here
+                set_to_mean(weight, used, new)
 
 
 def gathered_weights(module: nn.Module, main: bool) -> dict[str, torch.Tensor]:

@@ -26,9 +26,11 @@ from data_prep.files import write_atomic
 from data_prep.index import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
+from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding, Generation, Sampling
 from pipeline.prompt import LETTERS, UnusableSample
-from pipeline.score import Report, breakdown, breakdown_fields, strict_choice, write_reports
+from pipeline.registry import load_plugin
+from pipeline.report import Report, breakdown, breakdown_fields, write_reports
 
 
 def main(
@@ -46,6 +48,7 @@ def main(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    plugin: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Answer the questions of a split and report strict accuracy, autoregressive steps and seconds a question.
@@ -55,11 +58,14 @@ def main(
     by one for the time; --latents: other number of latent steps than trained, for the last stage's model;
     --temperature: 0 takes the likeliest token, above it tokens are drawn, among the --top_k likeliest (0: all) and
     those with probability --top_p together; --seed: of the draws, each model's anew; --out: folder for predictions and
-    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it.
+    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it; --plugin: the file that the model's method came
+    from.
 
     Without a temperature, an answer depends neither on --batch nor on the other questions, but for rounding.  With one,
     all draws come from one generator: the same seed, batch size and limit give the same answers.
     """
+    if plugin:
+        load_plugin(plugin)
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", 1 if limit is None else limit)):
@@ -246,7 +252,10 @@ def prediction(example: Example, answer: Answered, choice: int | None, loaded: L
         "answer": LETTERS[example.answer],
         "domain": example.fields.get("domain", example.dataset),
         "topic": example.fields.get("topic", ""),
+        "context": example.context,
+        "image": example.image is not None,
         "messages": ["".join(loaded.builder.question(example)), answer.text],
+        "answer_style": loaded.info.prompt.answer,
         "predicted": None if choice is None else LETTERS[choice],
         "autoregressive_steps": answer.steps,
         "fields": example.fields,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -23,15 +24,17 @@ from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.backbones.weights import incomplete
 from pipeline.config import LoraConfig, RunConfig, explain
-from pipeline.latent.forward import LatentConfig
-from pipeline.model import LatentModel
+from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.model import LatentModel, embedding_weights, set_to_mean
 from pipeline.prepare import base_hash, data_folder, in_a_line
-from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
 from pipeline.user_files import load_json
 
 FORMAT = 1
 FILE = "latent_config.json"
 ADAPTER = "adapter_model.safetensors"
+PARTS = "latent_parts.safetensors"
+"""Parameters of the method's parts, where they have any"""
 
 
 class ExportInfo(BaseModel):
@@ -54,6 +57,8 @@ class ExportInfo(BaseModel):
     """Identity of the base's weights (`prepare.base_hash`), where the weights are an adapter"""
     data: str
     """Shard folder it was trained on"""
+    plugin: str | None = None
+    """Name of the user's file that its method came from; answering takes it by --plugin again"""
 
     @classmethod
     def read(cls, folder: Path) -> ExportInfo:
@@ -66,8 +71,9 @@ class ExportInfo(BaseModel):
         try:
             return cls.model_validate(value, strict=True)
         except ValidationError as error:
+            needs = f" (it was trained with --plugin {value['plugin']})" if isinstance(value.get("plugin"), str) else ""
             raise UserError(
-                *(f"{folder / FILE} is damaged: {explain(problem)}" for problem in error.errors())
+                *(f"{folder / FILE} cannot be used: {explain(problem)}{needs}" for problem in error.errors())
             ) from None
 
     @field_validator("backbone")
@@ -99,6 +105,7 @@ def merge_lora(weights: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor
 def write_export(
     model: LatentModel,
     weights: dict[str, Tensor],
+    parts: dict[str, Tensor],
     processor: Any,
     config: RunConfig,
     stage: int,
@@ -108,7 +115,7 @@ def write_export(
 ) -> None:
     """Write the export of a stage from whole weights (`engine.gathered_weights`); replaces an earlier one.
 
-    base_hash: of the base's weights, where they are frozen.
+    parts: parameters of the method's parts; base_hash: of the base's weights, where they are frozen.
     """
     vlm, lora = model.backbone.vlm, config.model.lora
     writing = folder.with_name(folder.name + ".writing")
@@ -121,6 +128,8 @@ def write_export(
         core = model.backbone.core
         core._weight_conversions = None  # what loading under ZeRO-3 keeps there would save `model.` as `model.model.`
         core.save_pretrained(writing, state_dict=merge_lora(weights, lora) if lora else weights)
+    if parts:
+        save_file({name: weight.contiguous() for name, weight in parts.items()}, writing / PARTS)
     processor.save(writing)
     ExportInfo(
         backbone=config.model.backbone,
@@ -133,6 +142,7 @@ def write_export(
         revision=config.model.revision if as_adapter else None,
         base_hash=base_hash if as_adapter else None,
         data=str(data_folder(config).resolve()),
+        plugin=Path(config.plugin).name if config.plugin else None,
     ).write(writing)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(writing, folder)
@@ -172,14 +182,35 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
 
             if len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
                 vlm.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+            if info.prompt.markers:  # frozen, and so not in the adapter: as training made them
+                used = processor.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+                for weight in embedding_weights(vlm):
+                    set_to_mean(weight, used, slice(used, len(processor.tokenizer)))
             vlm = PeftModel.from_pretrained(vlm, folder)
             check_adapter(folder, vlm)
     except UserError:
         raise
     except Exception as error:  # the libraries raise whatever a damaged file makes them raise
         raise UserError(f"export {folder} cannot be loaded: {in_a_line(error)}") from None
-    model = LatentModel(family(vlm), info.latent).eval().to(device)
+    model = LatentModel(family(vlm), info.latent)
+    load_parts(folder, model.method)
+    model = model.eval().to(device)
     return LoadedModel(info, model, processor, device)
+
+
+def load_parts(folder: Path, method: LatentMethod) -> None:
+    """Fill the parameters of the method's parts.  Raises UserError where the export has others."""
+    wanted = {name: parameter.shape for name, parameter in method.named_parameters()}
+    path = folder / PARTS
+    try:
+        found = load_file(path) if path.is_file() else {}
+    except Exception as error:  # safetensors has no exception of its own that is public
+        raise UserError(f"{path} is damaged: {in_a_line(error)}") from None
+    if {name: weight.shape for name, weight in found.items()} != wanted:
+        raise UserError(
+            f"{path} holds {sorted(found) or 'nothing'}, the method's parts have {sorted(wanted) or 'no parameters'}"
+        )
+    method.load_state_dict(found)
 
 
 def check_files(folder: Path, info: ExportInfo) -> None:

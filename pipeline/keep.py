@@ -88,9 +88,12 @@ class Keeper:
         if export:
             model = self.parts.engine.module
             weights = gathered_weights(model.backbone.vlm, self.world.main)
+            parts_weights = gathered_weights(model.method, self.world.main)
             if self.world.main:
                 parts = self.parts
-                write_export(model, weights, parts.processor, config, stage, folder, parts.base, parts.base_hash)
+                write_export(
+                    model, weights, parts_weights, parts.processor, config, stage, folder, parts.base, parts.base_hash
+                )
         if self.world.main:
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")

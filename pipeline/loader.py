@@ -95,7 +95,7 @@ class StageSteps(Dataset):
 
     def _row(self, sample: int, epoch: int) -> Row:
         stage = self.curriculum.stages[stage_of_row(self.curriculum, self.stage, self.seed, epoch, sample)]
-        return training_row(self.index, self.builder, sample, stage, self.curriculum.groups)
+        return training_row(self.index, self.builder, sample, stage, self.curriculum)
 
 
 def _outlast_signals(worker: int) -> None:
@@ -130,13 +130,15 @@ def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndar
     return np.array([i for i in range(len(index)) if matches(i)], dtype=np.int64)
 
 
-def training_row(index: ShardIndex, builder: RowBuilder, sample: int, stage: StageConfig, groups: int) -> Row:
+def training_row(
+    index: ShardIndex, builder: RowBuilder, sample: int, stage: StageConfig, curriculum: CurriculumConfig
+) -> Row:
     """The row of a sample as `stage` shows it; a masked row, saying why, for one that cannot be used."""
     if sample == EMPTY:
         return masked_row(builder.processor.row_format)
     try:
         example = index.read(sample)
-        shown = view(example.rationale, stage, groups)
+        shown = view(example.rationale, stage, curriculum.groups, curriculum.count)
         return builder.row(example, index.key(sample), sample, shown.latents, shown.steps)
     except OverlongSample:
         return masked_row(builder.processor.row_format, index.key(sample), overlong=True)

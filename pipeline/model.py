@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
 from pipeline.latent.decode import Decoding, Generation, generate
-from pipeline.latent.forward import Backbone, LatentConfig
+from pipeline.latent.forward import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 
@@ -25,11 +26,12 @@ class LatentModel(nn.Module):
         """backbone: one of `pipeline.backbones`, an nn.Module; schedule: how training runs the passes."""
         super().__init__()
         self.backbone, self.latent, self.schedule = backbone, latent, schedule
+        self.method = LatentMethod.of(latent, backbone)
 
     def forward(
         self, batch: Batch, answer: Decoding | None = None
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[list[list[int]], list[int]]:
-        """(sum of NLL over labelled tokens, monitoring sums).
+        """(sum of NLL over labelled tokens, in training with the auxiliary loss of each; monitoring sums).
 
         With `answer`: (generated ids, autoregressive steps) of each row instead.  Both go through this one call,
         because ZeRO-3 follows the root module's calls.
@@ -37,13 +39,19 @@ class LatentModel(nn.Module):
         if answer is not None:
             out = self.answer(batch, answer)
             return out.tokens, [out.autoregressive_steps(row) for row in range(len(out.tokens))]
-        trace = latent_forward(self.backbone, batch, self.latent, self.schedule)
+        trace = latent_forward(self.backbone, batch, self.method, self.schedule)
         nll = token_nll(trace.predictors(batch.latents), batch.labels, self.backbone.head)
-        return nll.sum(), trace.statistics(batch)
+        loss, sums = nll.sum(), trace.statistics(batch)
+        if self.training:
+            # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
+            added = (self.method.auxiliary(trace, batch) * batch.label_mask.sum(1)).sum()
+            loss = loss + self.latent.auxiliary_weight * added
+            sums |= {"auxiliary": added.detach(), "labels": batch.label_mask.sum().float()}
+        return loss, sums
 
     def answer(self, batch: Batch, decoding: Decoding) -> Generation:
         """Answers to the batch's questions, with every latent step's patches."""
-        return generate(self.backbone, batch, self.latent, decoding)
+        return generate(self.backbone, batch, self.method, decoding)
 
 
 def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:
@@ -63,6 +71,18 @@ def add_lora(vlm: nn.Module, config: ModelConfig) -> nn.Module:
 def lora_scope(backbone: str, targets: Sequence[str]) -> str:
     """Regular expression of the modules that LoRA adapts."""
     return BACKBONES[backbone].LORA_SCOPE.format(names="|".join(targets))
+
+
+def embedding_weights(vlm: Any) -> list[nn.Parameter]:
+    """Input and output embeddings (vocab,D); one where they are tied."""
+    weights = (vlm.get_input_embeddings().weight, vlm.get_output_embeddings().weight)
+    return list({id(weight): weight for weight in weights}.values())
+
+
+@torch.no_grad()
+def set_to_mean(weight: Tensor, used: int, new: slice) -> None:
+    """Set `new` rows of an embedding (vocab,D) to the mean of the first `used`."""
+    weight[new] = weight[:used].float().mean(0).to(weight.dtype)
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:

@@ -89,6 +89,7 @@ def step_scalars(result: StepResult, watch: Stopwatch, global_batch: int) -> dic
         "latent/norm": sums["latent_norm"] / latent_steps,
         "latent/selection_entropy": sums["selection_entropy"] / latent_steps,
         "latent/coverage": sums["coverage"] / max(1.0, sums["rows_with_latents"]),
+        "latent/auxiliary_loss": sums["auxiliary"] / max(1.0, sums["labels"]),
     }
 
 

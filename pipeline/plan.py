@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomic
+from data_prep.files import sha256, write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
@@ -182,7 +182,10 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     free = FREE
     if config.optim.loss_norm == "micro_batch":
         free = FREE - {"train.micro_batch", "train.accumulation"}
-    return {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
+    settings = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
+    if config.plugin and Path(config.plugin).is_file():
+        settings["plugin"] = sha256(Path(config.plugin))  # what it says, wherever it is
+    return settings
 
 
 def settings_hash(config: RunConfig) -> str:
@@ -198,9 +201,10 @@ def check_same_run(config: RunConfig, out: Path) -> None:
     now = settings_hash(config)
     others = [c.path for c in Checkpoints(out).all() if c.state.settings_hash != now]
     if others:
+        what = f"the settings, or the text of {config.plugin}," if config.plugin else "the settings"
         raise UserError(
             *different_settings(config, out)
-            or [f"the settings are not those that {others[-1]} was trained with; choose another --out"]
+            or [f"{what} are not those that {others[-1]} was trained with; choose another --out"]
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +21,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Grid = tuple[int, int, int]
 """Cells of an image in time, height, width, of which `RowFormat.merge` a side are an image column"""
 ANSWER = "Therefore, the answer is "
+LATENT_TOKEN = "<|latent|>"
+MARKERS = ("<|start-latent|>", "<|end-latent|>")
+"""Tokens around the latent steps, where `markers` asks for them"""
 
 
 class PromptConfig(BaseModel):
@@ -32,6 +35,8 @@ class PromptConfig(BaseModel):
     """The answer as a letter (M3CoT) or as the 0-based index of the choice (ScienceQA)."""
     context: bool = False
     """Put the context or hint in front of the question (the published prompts leave it out)."""
+    markers: bool = False
+    """Put a token in front of the latent steps and one behind them (Coconut); with LoRA they are not trained."""
     image_size: int | None = Field(None, ge=28)
     """Resize every image to a square of so many pixels (published: 280); none keeps its shape."""
     max_pixels: int | None = Field(None, ge=28 * 28)
@@ -44,6 +49,9 @@ class PromptConfig(BaseModel):
 
 class Processor(Protocol):
     """What row building needs of a backbone's processor; see `pipeline.backbones`."""
+
+    tokenizer: Any
+    """transformers' own"""
 
     @property
     def row_format(self) -> RowFormat: ...
@@ -137,8 +145,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 class RowBuilder:
     """Example -> Row, for one processor and set of options."""
 
-    def __init__(self, processor: Processor, config: PromptConfig, num_patches: int) -> None:
-        """num_patches: K of the latent steps; 0 where none takes any."""
+    def __init__(self, processor: Processor, config: PromptConfig, num_patches: int | None) -> None:
+        """num_patches: K of the latent steps; 0 where none takes any, None where one takes all."""
         self.processor, self.config, self.num_patches = processor, config, num_patches
 
     def question(self, example: Example, show_context: bool = False) -> tuple[str, str]:
@@ -165,9 +173,13 @@ class RowBuilder:
             grids = [grid]
         ids = self.processor.prompt_ids(*self.question(example, show_context), grids)
         if latents and grids:
-            check_num_patches(self._image_columns(grids), self.num_patches)
+            check_num_patches(self._image_columns(grids), self.num_patches or 0)
+        given: list[int] = []
+        if self.config.markers:
+            opening, closing = self.processor.tokenizer.convert_tokens_to_ids(MARKERS)
+            ids, given = [*ids, opening], [closing]
         positions = self.processor.positions(ids, grids)
-        return Row(key, row_id, ids, positions, latents=latents, pixel_values=pixels, image_grid=grids)
+        return Row(key, row_id, ids, positions, given, latents, pixels, grids, given=len(given))
 
     def row(self, example: Example, key: str, row_id: int, latents: int, steps: list[str]) -> Row:
         """Question, `latents` latent steps, remaining `steps`, answer and eos.
@@ -177,15 +189,17 @@ class RowBuilder:
         row = self.prompt_row(example, key, row_id, latents)
         pieces = [self.processor.text_ids(step + "\n") for step in steps]
         answer = self.processor.text_ids(ANSWER + answer_label(example, self.config.answer)) + [self.processor.eos_id]
-        patches = self.num_patches if row.image_grid else 0
-        left = self.config.max_tokens - len(row.prompt_ids) - latents * (patches + 1) - len(answer)
+        all_patches = self._image_columns(row.image_grid)
+        patches = all_patches if self.num_patches is None or not all_patches else self.num_patches
+        taken = len(row.prompt_ids) + latents * (patches + 1) + row.given + len(answer)
+        left = self.config.max_tokens - taken
         while left < sum(map(len, pieces)) and pieces and self.config.overlong == "drop_steps":
             pieces.pop()
         if left < sum(map(len, pieces)):
             excess = sum(map(len, pieces)) - left
             raise OverlongSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
         row.dropped_steps = len(steps) - len(pieces)
-        row.target_ids = [token for piece in pieces for token in piece] + answer
+        row.target_ids = [*row.target_ids, *(token for piece in pieces for token in piece), *answer]
         return row
 
     def _image_columns(self, grids: Sequence[Grid]) -> int:

@@ -1,107 +1,234 @@
-"""Whether an answer is right, how sure the accuracy over many is, and the report that says so."""
+"""Command: score a file of answers.  `python -m pipeline.score --benchmark m3cot --predictions FILE`
+
+`pipeline.judges` says what counts as an answer, `pipeline.answers` which files are read, `pipeline.tally` what is
+counted, `pipeline.stats` what the intervals and tests are.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import json as json_format
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from data_prep import cli
 from data_prep.errors import UserError
-from data_prep.files import parse_json, write_atomic
-from pipeline.prompt import ANSWER, LETTERS
+from data_prep.files import write_atomic
+from pipeline.answers import Notes, Question, read_gold, read_predictions
+from pipeline.judges import Benchmark, JudgeName
+from pipeline.report import breakdown
+from pipeline.stats import ChiSquare, Comparison, bootstrap_interval, compare
+from pipeline.tally import Scored, columns, domains, position_bias, score_one, topics
 
-MOST_GROUPS = 32
-"""A breakdown field of more values than this (an image's id, a skill) is no breakdown."""
-_SENTENCE = re.compile(re.escape(ANSWER) + r"([A-Z]|[0-9]+)\.?\s*$")
 
+def main(
+    *,
+    predictions: Path,
+    benchmark: Benchmark,
+    gold: Path | None = None,
+    split: str = "test",
+    judge: JudgeName = "official",
+    against: Path | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Score answers to M3CoT or ScienceQA, or to questions of that form, as their published results are scored.
 
-def strict_choice(text: str, choices: int, style: str) -> int | None:
-    """The choice an answer names, or None.
-
-    Strict: the text ends in the trained answer sentence with exactly one option, a letter or a 0-based index as
-    `style` says.
+    --predictions: predictions.jsonl of an evaluation, M3CoT's published form, or ScienceQA's result file; --gold: right
+    answers where the predictions lack them: lines of the same form, problems.json, or a shard folder; --split: of
+    --gold; --judge: official is the benchmark's own, strict takes the trained answer sentence alone, released is the
+    lenient rule of the paper's code; --against: other predictions, compared on the questions that both have; --seed:
+    of the bootstrap; --json: file for the same figures.
     """
-    found = _SENTENCE.search(text)
-    if found is None:
-        return None
-    option = found[1]
-    if option.isdigit() != (style == "index"):
-        return None
-    number = int(option) if style == "index" else LETTERS.index(option)
-    return number if number < choices else None
+    check_options(predictions, gold, against, seed, json)
+    answers = None if gold is None else gold_answers(gold, split)
+    rows, notes = score_file(predictions, benchmark, judge, answers)
+    report = figures(rows, benchmark, judge, seed)
+    report["notes"] = {kind: len(places) for kind, places in notes.kinds.items()}
+    table = columns_table if benchmark == "scienceqa" else groups_table
+    text = [
+        f"{predictions}: {benchmark}, {judge} judge",
+        table(rows, seed),
+        f"no choice found in {report['failed']} of {len(rows)} answers, counted as wrong",
+        position_table(rows),
+    ]
+    if answers is not None:
+        report["unanswered"] = len(answers) - len(rows)
+        text.append(f"questions of --gold without an answer here, not counted: {report['unanswered']}")
+    if against is not None:
+        others, _ = score_file(against, benchmark, judge, answers)
+        comparison = compare_rows(rows, others, predictions, against, seed)
+        report["against"] = asdict(comparison)
+        text.append(comparison_text(comparison, against))
+    if json is not None:
+        write_json(json, report)
+    print("\n".join(text))
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share (Wilson, 1927), as fractions; (0, 1) for no trial."""
-    if total == 0:
-        return 0.0, 1.0
-    share, z2 = right / total, z * z
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def check_options(predictions: Path, gold: Path | None, against: Path | None, seed: int, json: Path | None) -> None:
+    """Raise UserError for all that can be seen before anything is read."""
+    files = {"predictions": predictions, "gold": gold, "against": against}
+    problems = [f"--{name} {path}: no such file" for name, path in files.items() if path and not path.exists()]
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        problems.append(f"--json {json}: expected a file in a folder that exists")
+    if seed < 0:
+        problems.append(f"--seed {seed}: expected 0 or more")
+    if problems:
+        raise UserError(*problems)
 
 
-def breakdown(rows: Iterable[tuple[str, bool]]) -> dict[str, tuple[int, int]]:
-    """group -> (right, total), groups in sorted order."""
-    counts: dict[str, list[int]] = {}
-    for group, right in rows:
-        entry = counts.setdefault(group, [0, 0])
-        entry[0] += right
-        entry[1] += 1
-    return {group: (counts[group][0], counts[group][1]) for group in sorted(counts)}
+def warn(notes: Notes) -> None:
+    """Say what was odd about a file."""
+    for line in notes.lines():
+        print(f"warning: {line}", file=sys.stderr)
 
 
-def breakdown_fields(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Names of the fields to break results down by: those that some row has, with at most MOST_GROUPS values."""
-    values: dict[str, set[str]] = {}
-    for fields in rows:
-        for name, value in fields.items():
-            values.setdefault(name, set()).add(value)
-    return [name for name, found in values.items() if len(found) <= MOST_GROUPS]
+def gold_answers(path: Path, split: str) -> dict[str, Question]:
+    """`read_gold`, with warnings of what was odd."""
+    notes = Notes(path)
+    answers = read_gold(path, split, notes)
+    warn(notes)
+    return answers
 
 
-@dataclass
-class Report:
-    """What one model did on a split."""
+def score_file(
+    path: Path, benchmark: Benchmark, judge: JudgeName, gold: dict[str, Question] | None = None
+) -> tuple[list[Scored], Notes]:
+    """Judge every usable prediction of a file, with warnings of what was odd.
 
-    name: str
-    stage: int
-    questions: int
-    right: int
-    skipped: int
-    """Samples that could not be used; not counted as questions"""
-    autoregressive_steps: float
-    """Latent steps + generated tokens with eos, mean"""
-    seconds: float | None
-    """A question alone, median; none if none was timed"""
-    groups: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """field -> value -> (right, questions)"""
-    decoding: str = "greedy"
-    """How tokens were chosen"""
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / max(1, self.questions)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.right, self.questions)
+    Raises UserError where it has none, or none that the judge can read.
+    """
+    notes = Notes(path)
+    predictions = read_predictions(path, gold, notes)
+    if not predictions:
+        raise UserError(*notes.lines(), f"{path}: no question to score")
+    if judge != "official" and any(prediction.index is not None for prediction in predictions):
+        raise UserError(f"{path} is a result file: it has no texts for --judge {judge}, only --judge official is left")
+    warn(notes)
+    return [score_one(prediction, benchmark, judge) for prediction in predictions], notes
 
 
-def write_reports(reports: Sequence[Report], folder: Path) -> None:
-    """Write `report.json` of an evaluation."""
-    write_atomic(folder / "report.json", json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+def figures(rows: Sequence[Scored], benchmark: Benchmark, judge: JudgeName, seed: int) -> dict[str, Any]:
+    """What --json holds: accuracies and intervals in % to two decimals."""
+    right = sum(row.right for row in rows)
+    low, high = bootstrap_interval(right, len(rows), seed)
+    groups = (
+        {"columns": columns(rows)} if benchmark == "scienceqa" else {"domain": domains(rows), "topic": topics(rows)}
+    )
+    return {
+        "total": {"accuracy": percent(right, len(rows)), "correct": right, "questions": len(rows)},
+        **{
+            kind: {name: {"accuracy": percent(*counts), "questions": counts[1]} for name, counts in found.items()}
+            for kind, found in groups.items()
+        },
+        "benchmark": benchmark,
+        "judge": judge,
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+        "failed": sum(row.choice is None for row in rows),
+        "position": asdict(position_bias(rows)),
+    }
 
 
-def read_reports(folder: Path) -> list[Report]:
-    """The evaluation's reports; none where it has not been run.  Raises UserError for a damaged file."""
-    path = folder / "report.json"
-    if not path.is_file():
-        return []
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write the figures.  Raises UserError."""
     try:
-        return [Report(**report) for report in parse_json(path.read_bytes())]
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged: run the evaluation again") from None
+        write_atomic(path, json_format.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from None
+
+
+def percent(right: int, total: int) -> float | None:
+    """Accuracy in % to two decimals; None of nothing."""
+    return round(100 * right / total, 2) if total else None
+
+
+def groups_table(rows: Sequence[Scored], seed: int) -> str:
+    """Total, domains and their topics, a line each."""
+    lines = [f"{'':<32}{'questions':>10}{'right':>8}{'accuracy':>10}{'95% bootstrap':>18}"]
+    groups = [("total", (sum(row.right for row in rows), len(rows)))]
+    for domain, counts in domains(rows).items():
+        inside = breakdown((row.question.topic, row.right) for row in rows if row.question.domain == domain)
+        groups.append((domain or "(no domain)", counts))
+        groups += [(f"  {topic}", of) for topic, of in inside.items() if topic]
+    for name, (right, total) in groups:
+        interval = interval_text(right, total, seed)
+        lines.append(f"{name:<32}{total:>10}{right:>8}{100 * right / total:>9.2f}%{interval:>18}")
+    return "\n".join(lines)
+
+
+def columns_table(rows: Sequence[Scored], seed: int) -> str:
+    """ScienceQA's nine columns: accuracy, its interval, questions."""
+    found = columns(rows)
+    lines = [f"{'':<14}" + "".join(f"{name:>11}" for name in found)]
+    cells = {
+        "accuracy": [f"{100 * right / total:.2f}%" if total else "-" for right, total in found.values()],
+        "95% bootstrap": [interval_text(*counts, seed) if counts[1] else "-" for counts in found.values()],
+        "questions": [str(total) if total else "-" for _, total in found.values()],
+    }
+    lines += [f"{name:<14}" + "".join(f"{cell:>11}" for cell in row) for name, row in cells.items()]
+    if not found["TXT"][1] + found["IMG"][1] + found["NO"][1]:
+        lines.append("TXT, IMG and NO need to know hints and images: give --gold")
+    return "\n".join(lines)
+
+
+def interval_text(right: int, total: int, seed: int) -> str:
+    """Bootstrap interval in %."""
+    low, high = bootstrap_interval(right, total, seed)
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def position_table(rows: Sequence[Scored]) -> str:
+    """Shares of every letter in gold and predictions, and the accuracy where it is right."""
+    bias = position_bias(rows)
+    shares = {
+        "gold": [f"{gold / len(rows):.1%}" for gold in bias.gold.values()],
+        "predicted": [f"{predicted / len(rows):.1%}" for predicted in bias.predicted.values()],
+        "accuracy": [f"{bias.right[x] / gold:.1%}" if gold else "-" for x, gold in bias.gold.items()],
+    }
+    lines = [f"{'by position':<14}" + "".join(f"{letter:>8}" for letter in bias.gold)]
+    lines += [f"  {name:<12}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in shares.items()]
+    lines += [f"  answers that name a letter beyond these: {bias.outside}"] if bias.outside else []
+    lines.append(f"  predictions as gold: {chi_square_text(bias.predicted_as_gold)}")
+    lines.append(f"  one accuracy: {chi_square_text(bias.equally_right)}")
+    return "\n".join(lines)
+
+
+def chi_square_text(test: ChiSquare) -> str:
+    """Statistic, degrees of freedom, p-value."""
+    return f"chi-square {test.statistic:.2f}, {test.freedom} degrees of freedom, p {p_text(test.p_value)}"
+
+
+def p_text(p: float) -> str:
+    """`= 0.012`, or a bound where the value is too small for a float."""
+    return f"= {p:.2g}" if p > 1e-300 else "< 1e-300"
+
+
+def compare_rows(
+    rows: Sequence[Scored], others: Sequence[Scored], path: Path, other_path: Path, seed: int
+) -> Comparison:
+    """Compare two files' answers on the ids that both have.  Raises UserError where there is none."""
+    theirs = {row.question.id: row for row in others}
+    pairs = [(row, theirs[row.question.id]) for row in rows if row.question.id in theirs]
+    if not pairs:
+        raise UserError(f"{path} and {other_path} have no question in common")
+    if unlike := [a.question.id for a, b in pairs if a.question.answer != b.question.answer]:
+        print(
+            f"warning: {other_path}: other right answers to {len(unlike)} questions: {unlike[0]} ...", file=sys.stderr
+        )
+    return compare([a.right for a, _ in pairs], [b.right for _, b in pairs], seed)
+
+
+def comparison_text(c: Comparison, against: Path) -> str:
+    """A comparison in one line."""
+    low, high = c.interval
+    return (
+        f"against {against}: {c.questions} shared questions, difference {100 * c.difference:+.2f} points"
+        f" ({100 * low:+.1f} to {100 * high:+.1f}); right here alone {c.only_first}, there alone {c.only_second},"
+        f" McNemar's exact p {p_text(c.p_value)}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -47,7 +47,7 @@ from pipeline.validate import ValidationSet, validate
 def main(
     *,
     ds: Path,
-    recipe: Path | None = None,
+    recipe: str | None = None,
     data: str | None = None,
     out: Path | None = None,
     stages: str | None = None,
@@ -57,14 +57,17 @@ def main(
 ) -> None:
     """Train the stages of a recipe: defaults <- --recipe <- --SECTION.FIELD VALUE.
 
-    --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; --data: shard folder;
-    --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto goes on from
-    what the run folder holds, --resume never stops if it holds anything; --local_rank comes from the launcher.
+    --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
+    them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
+    shard folder; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
+    goes on from what the run folder holds, --resume never stops if it holds anything; --local_rank comes from the
+    launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
-    config = load_config(recipe or DEMO_RECIPE, overrides, also=inspect.signature(main).parameters)
+    recipes = [Path(name) for name in recipe.split(",")] if recipe else [DEMO_RECIPE]
+    config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
     plan = make_plan(config, ds, out, stages, resume, world.size)
     lease = Lease(plan.out)
     exit_with_launcher()
@@ -189,7 +192,7 @@ class Run:
         # dropout depends on (seed, step, rank) alone, so that a resumed run draws what the first would have
         torch.manual_seed(step_seed(self.config.train.seed, global_step, self.world.rank))
         set_hyperparameters(engine, self.config.optim, lr)
-        labels = [int(batch.target_mask.sum()) for batch in micro_batches]
+        labels = [int(batch.label_mask.sum()) for batch in micro_batches]
         columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
         dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
         mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]
@@ -281,7 +284,7 @@ class Run:
         config, share = self.config, steps.share
         decode = Share(share.rank, share.world, share.global_batch, config.train.val_batch)
         data = ValidationSet.of(
-            self.parts.indexes["val"], self.parts.builder, config.curriculum.stages[stage], config.curriculum.groups,
+            self.parts.indexes["val"], self.parts.builder, config.curriculum.stages[stage], config.curriculum,
             config.train.val_samples, decode,
         )  # fmt: skip
         found = validate(self.engine, data, self.parts.builder, config.eval.max_new_tokens, self.device)

@@ -10,13 +10,13 @@ import torch
 from data_prep.example import Example
 from data_prep.index import ShardIndex
 from pipeline.batch import Batch, collate
-from pipeline.curriculum import StageConfig
+from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total
+from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
 from pipeline.loader import Share, training_row
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder
-from pipeline.score import strict_choice
 
 SUBSET_SEED = 1
 """Seed of the subset: fixed, so that every run of a data folder validates on the same rows."""
@@ -31,13 +31,23 @@ class ValidationSet:
 
     @classmethod
     def of(
-        cls, index: ShardIndex, builder: RowBuilder, stage: StageConfig, groups: int, samples: int, share: Share
+        cls,
+        index: ShardIndex,
+        builder: RowBuilder,
+        stage: StageConfig,
+        curriculum: CurriculumConfig,
+        samples: int,
+        share: Share,
     ) -> ValidationSet:
-        """`samples` rows as `stage` shows them; share.micro_batch rows are decoded at once."""
+        """`samples` rows as `stage` shows them, as an answer takes them: every row has the stage's latent steps.
+
+        share.micro_batch rows are decoded at once.
+        """
+        curriculum = curriculum.model_copy(update={"count": "stage"})
         chosen = EpochOrder(index.shard_sizes, SUBSET_SEED, 0, 0).take(0, min(samples, len(index)))
         batches, examples = [], []
         for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
-            built = [training_row(index, builder, int(i), stage, groups) for i in rows]
+            built = [training_row(index, builder, int(i), stage, curriculum) for i in rows]
             batches.append(collate(built, builder.processor.row_format, stage.latents))
             examples.append(
                 [
@@ -66,7 +76,7 @@ def validate(
     for batch, examples in zip(data.batches, data.examples, strict=True):
         batch = batch.to(device)
         loss, _ = engine(batch)
-        nll, labels = nll + float(loss), labels + int(batch.target_mask.sum())
+        nll, labels = nll + float(loss), labels + int(batch.label_mask.sum())
         unusable += len(batch.bad) + batch.overlong
         tokens, taken = engine(batch, answer=decoding)
         for row, example in enumerate(examples):

@@ -46,9 +46,14 @@ def test_evaluate_run(whole_run, data):
     lines = [json.loads(line) for line in (folder / "latent" / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [open_split(data, "test").read(i).id for i in range(24)]
     assert {"id", "choices", "answer", "domain", "topic", "messages"} <= lines[0].keys()
+    assert (lines[0]["context"], lines[0]["image"], lines[0]["answer_style"]) == ("", True, "letter")
     mean = sum(line["autoregressive_steps"] for line in lines) / 24
     assert mean == pytest.approx(reports["latent"]["autoregressive_steps"])
     assert "explicit is the stage-0 model" in out
+    words = ["--benchmark", "m3cot", "--judge", "strict", "--predictions", folder / "latent" / "predictions.jsonl"]
+    code, _, err = command("pipeline.score", *words, "--gold", data, "--json", folder / "scores.json")
+    total = json.loads((folder / "scores.json").read_text())["total"]
+    assert (total["correct"], total["questions"]) == (reports["latent"]["right"], 24), err
     code, out, err = command("pipeline.summary", "--run", whole_run)
     assert code == 0 and "latent, N=24" in out and "tensorboard --logdir" in out, err
 

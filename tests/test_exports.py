@@ -17,7 +17,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.evaluate import exports_of
 from pipeline.export import FILE, ExportInfo, load_export
 from pipeline.prepare import base_hash
-from pipeline.score import read_reports
+from pipeline.report import read_reports
 from pipeline.summary import lines
 from pipeline.user_files import load_json
 from tests.launch import train
@@ -149,7 +149,7 @@ def test_adapter_that_does_not_say_its_base(adapter):
 )
 def test_damaged_description(export, field, value, message):
     edit_json(export / FILE, **{field: value})
-    assert refused(export).startswith(f"{export / FILE} is damaged: {message}")
+    assert refused(export).startswith(f"{export / FILE} cannot be used: {message}")
 
 
 def test_description_survives_writing(export):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, RowFormat, collate
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.forward import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.latent.select import select_patches
 from pipeline.loss import token_nll
@@ -165,7 +165,7 @@ def compare(case, data, config, backbone, rows, fmt, left):
     batch = collate(rows, fmt, passes)
     replay = Recorded(case, data, batch, left, config)
     backbone.zero_grad()
-    trace = latent_forward(backbone, batch, config, replay=replay)
+    trace = latent_forward(backbone, batch, LatentMethod.of(config, backbone), replay=replay)
     not_compared = compare_passes(data, trace, batch, replay)
     not_compared += [name for name in ["final_inputs_embeds"] if name not in data]
     nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
@@ -244,7 +244,9 @@ def check_rows_alone(rows, fmt, config, backbone, logits, mask, replay):
         batch = collate([row], fmt, row.latents)
         chosen = iter(replay_of_row(replay, i, row))
         with torch.no_grad():
-            trace = latent_forward(backbone, batch, config, replay=lambda step, s, chosen=chosen: next(chosen))
+            trace = latent_forward(
+                backbone, batch, LatentMethod.of(config, backbone), replay=lambda step, s, chosen=chosen: next(chosen)
+            )
             alone = backbone.logits(torch.cat(trace.hidden, dim=1))[0]
         real = torch.cat([batch.prompt_mask, *map(columns_of, trace.steps), batch.target_mask], dim=1)[0]
         close(logits[i][mask[i]], alone[real], 2e-4, f"row {i} in its batch and alone")
@@ -269,7 +271,13 @@ def test_generation_case(name, backbone, record_property):
     batch = collate(rows, fmt, case["n_latent"])
     replay = RecordedEmbeddings(case, data, batch, backbone)
     backbone.eval()
-    out = generate(backbone, batch, config, Decoding(case["max_new_tokens"], case["special_ids"]["eos"]), replay)
+    out = generate(
+        backbone,
+        batch,
+        LatentMethod.of(config, backbone),
+        Decoding(case["max_new_tokens"], case["special_ids"]["eos"]),
+        replay,
+    )
     backbone.train()
     if replay.exhausted:
         record_property("golden", "compared up to where the released code takes patches twice")

@@ -23,7 +23,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import collate
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
-from pipeline.engine import add_latent_token, learning_rate
+from pipeline.engine import add_tokens, learning_rate
 from pipeline.export import load_export
 from pipeline.latent.decode import Decoding
 from pipeline.lease import Lease
@@ -31,7 +31,7 @@ from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash
-from pipeline.prompt import RowBuilder
+from pipeline.prompt import LATENT_TOKEN, RowBuilder
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
 
@@ -44,7 +44,7 @@ def plain_losses(out, data, *, steps, **overrides):
     processor = family.processor(base, config.prompt)
     vlm = family.load(base, torch.float32)
     torch.manual_seed(config.train.seed)
-    add_latent_token(vlm, processor.tokenizer)
+    add_tokens(vlm, processor.tokenizer, [LATENT_TOKEN])
     if config.model.lora:
         vlm = add_lora(vlm, config.model)
     model = LatentModel(family(vlm), config.latent).train()
@@ -62,7 +62,7 @@ def plain_losses(out, data, *, steps, **overrides):
     found = []
     for step, batch in enumerate(batches[:steps]):
         nll, _ = model(batch)
-        loss = nll / int(batch.target_mask.sum())
+        loss = nll / int(batch.label_mask.sum())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], o.clip)
@@ -88,7 +88,7 @@ def test_zero3_equals_plain_pytorch(whole_run, data):
 
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "qwen2_vl"])
 def test_other_backbones_equal_plain_pytorch(backbone, data, tmp_path):
-    """Three short stages from random weights, parameters split over two ranks; the last export answers with its latent steps."""
+    """Three short stages from random weights, parameters split over two ranks; the last export answers."""
     out = tmp_path / "run"
     stages = "[{latents: 0, skip: 0, steps: 3}, {latents: 1, skip: 1, steps: 2}, {latents: 2, skip: 2, steps: 2}]"
     settings = {"model.backbone": backbone, "curriculum.stages": stages, "train.export": "last"}
@@ -206,9 +206,9 @@ def test_base_without_all_weights(whole_run, data, tmp_path, ds, change):
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["room", "full"])
-def test_latent_token_under_zero3(whole_run, data, tmp_path, padded):
-    """The new token's row is the mean of the rows in use; a vocabulary grows only when it is full, never shrinks."""
+@pytest.mark.parametrize(("padded", "markers"), [(True, 2), (False, 0)], ids=["room", "full"])
+def test_new_tokens_under_zero3(whole_run, data, tmp_path, padded, markers):
+    """A new token's row is the mean of the rows in use; a vocabulary grows only when it is full, never shrinks."""
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "base")
     vlm = Qwen2VLForConditionalGeneration.from_pretrained(whole_run / "base")
     used, rows = len(tokenizer), vlm.get_input_embeddings().num_embeddings
@@ -221,15 +221,17 @@ def test_latent_token_under_zero3(whole_run, data, tmp_path, padded):
     train(
         tmp_path / "run", data, "--stages", "0", "--model.scratch", "none", "--model.path", str(base),
         "--optim.lr", "1e-12", "--optim.weight_decay", "0", "--train.val_samples", "0",
-        "--curriculum.stages", "[{latents: 0, skip: 0, steps: 1}]", ranks=2,
+        "--curriculum.stages", "[{latents: 0, skip: 0, steps: 1}]", "--prompt.markers", str(bool(markers)), ranks=2,
     )  # fmt: skip
     after = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "export" / "stage0")
     weight = after.get_input_embeddings().weight.detach()
     assert len(weight) == (rows if padded else -(-(used + 1) // 64) * 64)
     assert torch.allclose(weight[:used], before[:used], atol=1e-6)
-    assert torch.allclose(weight[used], before[:used].mean(0), atol=1e-6)
+    new = used + 1 + markers
+    assert torch.allclose(weight[used:new], before[:used].mean(0).expand(1 + markers, -1), atol=1e-6)
     if padded:
-        assert torch.allclose(weight[used + 1 :], before[used + 1 :], atol=1e-6)
+        assert rows > new
+        assert torch.allclose(weight[new:], before[new:], atol=1e-6)
 
 
 def test_asked_to_stop(whole_run, data, tmp_path):
@@ -312,7 +314,7 @@ def test_nothing_stays_in_shared_memory():
     code = "from pipeline import distributed; distributed.start(distributed.World()); distributed.stop()"
     environment = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_SIZE="1")
     subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, env=environment, check=True, timeout=120)
-    assert not [name for name in os.listdir("/dev/shm") if port in name]
+    assert not list(Path("/dev/shm").glob(f"*{port}*"))
 
 
 def test_run_folder_in_use(data, tmp_path):

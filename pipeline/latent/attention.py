@@ -95,15 +95,21 @@ class Pass:
     """Read the last query row's attention over the first so many columns (the question's); 0 reads nothing."""
     saliency: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
+    read_gradient: bool = False
+    """Whether what is read stays in the graph."""
     tape: LayerTape | None = None
     """Layers' outputs, recorded or given back; see `pipeline.latent.recompute`."""
     _biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def bias(self, mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """`attention_bias` of a mask that many layers share, made once."""
+        """`attention_bias` of a mask that many layers share, made once; `end` forgets it."""
         if id(mask) not in self._biases:
             self._biases[id(mask)] = mask, attention_bias(mask, heads, dtype)  # with the mask: ids are given anew
         return self._biases[id(mask)][1]
+
+    def end(self) -> None:
+        """The last layer has run: with checkpointing, what this holds would be held until backward."""
+        self._biases.clear()
 
     def mean_saliency(self) -> Tensor:
         """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""
@@ -133,7 +139,6 @@ def grouped_attention(
     return out.view(batch, heads, length, size)
 
 
-@torch.no_grad()
 def last_row_saliency(query: Tensor, keys: Tensor, mask: Tensor, scaling: float, columns: int) -> Tensor:
     """Post-softmax attention of the last query row, mean over query heads, fp32, (B, columns).
 
@@ -172,9 +177,11 @@ def latent_attention(
     keys, values = key, value
     if latent.kept is not None:
         keys, values = latent.kept.extend(latent.index, layer, key, value)
-    if latent.read_columns and layer not in latent.saliency:
+    if latent.read_columns and (layer not in latent.saliency or latent.read_gradient):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        latent.saliency[layer] = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
+        with torch.set_grad_enabled(latent.read_gradient and torch.is_grad_enabled()):
+            read = last_row_saliency(query, keys, attention_mask, scale, latent.read_columns)
+        latent.saliency.setdefault(layer, read)  # run again in backward, a layer must not replace what was read
     bias = latent.bias(attention_mask, query.shape[1] // keys.shape[1], query.dtype)
     out = grouped_attention(query, keys, values, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None

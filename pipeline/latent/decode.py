@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments
-from pipeline.latent.forward import Backbone, LatentConfig, LatentForward, LatentStep, Replay
+from pipeline.latent.forward import Backbone, LatentForward, LatentMethod, LatentStep, Replay
 
 LOWEST_TEMPERATURE = 1e-6
 """Below it, logits divided by the temperature would leave fp32."""
@@ -110,25 +110,28 @@ def no_defaults(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone, batch: Batch, config: LatentConfig, decoding: Decoding, replay: Replay | None = None
+    backbone: Backbone, batch: Batch, method: LatentMethod, decoding: Decoding, replay: Replay | None = None
 ) -> Generation:
-    """Answers to a batch's questions after `batch.passes` latent steps; its targets are not looked at.
+    """Answers to a batch's questions after `batch.passes` latent steps; of its targets only the given are looked at.
 
     A question must end in text, whose three axes have one position; and the model must be in eval mode.
     """
     kept = CachedSegments()
-    run = LatentForward(backbone, batch, config, kept=kept, replay=replay)
+    run = LatentForward(backbone, batch, method, kept=kept, replay=replay)
     embeds, positions = run.prompt_embeds, run.prompt_positions
     for _ in range(batch.passes):
-        hidden, saliency = run.run_pass(embeds, positions, read=True)
-        embeds, positions = run.take_step(hidden[:, -1], saliency)
+        embeds, positions = run.take_step(run.run_pass(embeds, positions, read=True))
+    if batch.given:
+        embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids[:, : batch.given])], dim=1)
+        positions = torch.cat([positions, run.sequence.grow(batch.target_mask[:, : batch.given])], dim=2)
     run.run_pass(embeds, positions, read=False)
 
-    # a row with fewer latents than the batch is answered from its own last real column
-    ends = torch.stack([run.prompt_embeds[:, -1], *(step.latent for step in run.steps)])
-    tip = ends[batch.latents, torch.arange(len(batch.latents), device=ends.device)]
+    # each row is answered from its own last real column
+    columns = torch.arange(run.sequence.mask.shape[1], device=embeds.device)
+    last = (columns * run.sequence.mask).argmax(1)
+    tip = torch.cat(run.embeds, dim=1)[torch.arange(len(last), device=last.device), last]
     mask = kept.take_last(run.sequence.mask)
-    columns = kept.cache.get_seq_length()
+    before = kept.cache.get_seq_length()
     with no_defaults(backbone.core):
         ids = backbone.vlm.generate(
             input_ids=batch.prompt_ids[:, :0],
@@ -141,7 +144,7 @@ def generate(
             synced_gpus=decoding.synced,
         )
     tokens = [up_to(row, decoding.eos_id) for row in ids.tolist()]
-    return Generation(tokens, run.steps, run.passes_run + kept.cache.get_seq_length() - columns)
+    return Generation(tokens, run.steps, len(run.passes) + kept.cache.get_seq_length() - before)
 
 
 def up_to(tokens: list[int], end: int) -> list[int]:

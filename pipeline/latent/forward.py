@@ -10,18 +10,20 @@ Shapes: B rows, P question columns, K patches a step, R target columns, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import KeptSegments, Pass, segment_mask
-from pipeline.latent.select import select_patches, selection_entropy
+from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Reading
+from pipeline.latent.select import SELECTIONS, select_patches, selection_entropy
 from pipeline.loss import LabelHead
+from pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from pipeline.latent.recompute import LayerTape
@@ -33,20 +35,72 @@ class LatentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_patches: int = Field(32, ge=0)
-    """K: image columns that each latent step takes (paper: 32 for Qwen2-VL)."""
+    """K: image columns that each latent step takes (paper: 32 for Qwen2-VL, 64 for Chameleon)."""
     latent_grad: Literal["bptt", "detach"] = "bptt"
     """Whether gradient flows through h into the pass that produced it (bptt) or not (detach: published)."""
     positions: Literal["mrope", "sequential"] = "mrope"
     """The backbone's own positions for the question (mrope), or one-dimensional ones (sequential: published)."""
     patch_order: Literal["position", "score"] = "position"
     """Order of V's columns inside a step."""
-    selection: Literal["attention", "random", "uniform", "least", "none"] = "attention"
-    """Which patches: those attended to most, or a control."""
+    selection: str = "attention"
+    """Which patches: those attended to most; controls are random, uniform, least, none; all takes all that are left."""
+    feedback: str = "hidden"
+    """What a step feeds back: h (hidden), one learned embedding (pause), or no column (none)."""
+    weighting: str = "copy"
+    """How patches enter: as they are (copy), or times their share of attention, with gradient (weighted)."""
+    auxiliary: str = "none"
+    """What is added to the loss: none, or norm (keeps h as long as embeddings)."""
+    auxiliary_weight: float = Field(1.0, ge=0)
+
+    @field_validator("selection", "feedback", "weighting", "auxiliary")
+    @classmethod
+    def known(cls, name: str, field: Any) -> str:
+        return REGISTRIES[field.field_name].check(name)
 
     @property
-    def patches_taken(self) -> int:
-        """Patches that a step takes, as far as the image has them."""
-        return 0 if self.selection == "none" else self.num_patches
+    def patches_taken(self) -> int | None:
+        """Patches that a step takes, as far as the image has them; None: all of them."""
+        return {"k": self.num_patches, "all": None, "none": 0}[SELECTIONS[self.selection].takes]
+
+    @property
+    def step_columns(self) -> int | None:
+        """Columns that a step inserts, K + W; None: it depends on the image."""
+        return None if self.patches_taken is None else self.patches_taken + FEEDBACKS[self.feedback].width
+
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "selection": SELECTIONS,
+    "feedback": FEEDBACKS,
+    "weighting": WEIGHTINGS,
+    "auxiliary": AUXILIARIES,
+}
+"""Option -> the parts that it may name."""
+
+
+class LatentMethod(nn.Module):
+    """The parts that a LatentConfig names, with their parameters."""
+
+    def __init__(self, config: LatentConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config, self.weighting = config, WEIGHTINGS[config.weighting]
+        self.feedback = FEEDBACKS[config.feedback](hidden_size)
+        self.auxiliary = AUXILIARIES[config.auxiliary](hidden_size)
+
+    @classmethod
+    def of(cls, config: LatentConfig, backbone: Backbone) -> LatentMethod:
+        """New parts of the backbone's hidden size."""
+        return cls(config, backbone.core.config.get_text_config().hidden_size)
+
+    def columns(self, step: LatentStep, prompt_embeds: Tensor) -> Tensor:
+        """What a step inserts, (B,K+W,D): its patches' input embeddings, then its feedback; zero in masked columns."""
+        # indexed: backward of `gather` would hold the whole prompt
+        rows = torch.arange(len(prompt_embeds), device=prompt_embeds.device)[:, None]
+        vision = prompt_embeds[rows, step.columns]
+        factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
+        if factors is not None:
+            vision = vision * factors[..., None].to(vision.dtype)
+        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds)).to(vision.dtype)
+        return torch.cat([vision, text], dim=1) * step.inserted[..., None].to(vision.dtype)
 
 
 class Backbone(Protocol):
@@ -92,6 +146,10 @@ class LatentStep:
     """(B,D) h, as read (before detach)"""
     active: Tensor
     """(B,) bool: rows that take this step"""
+    reading: Reading
+    """What the step's parts saw; without a graph where `latent_grad` is detach"""
+    inserted: Tensor
+    """(B,K+W) bool: real columns that it inserts"""
 
 
 @dataclass
@@ -115,7 +173,7 @@ class Trace:
 
     steps: list[LatentStep]
     tips: list[Tensor]
-    """n+1 tensors (B,D): final hidden state of the column that ends Q, h1, ..., hn"""
+    """n+1 tensors (B,D): final hidden state of the row's last real column after Q, step 1, ..., step n"""
     hidden: list[Tensor]
     """Final hidden states by pass; concatenated they are the final sequence (B,T,D)"""
     target_start: int
@@ -160,38 +218,45 @@ class LatentForward:
         self,
         backbone: Backbone,
         batch: Batch,
-        config: LatentConfig,
+        method: LatentMethod,
         kept: KeptSegments | None = None,
         replay: Replay | None = None,
         tape: LayerTape | None = None,
         prompt_embeds: Tensor | None = None,
     ) -> None:
         """prompt_embeds: (B,P,D) where they have been computed; tape: records the layers of every pass."""
-        self.backbone, self.batch, self.config, self.replay, self.tape = backbone, batch, config, replay, tape
+        self.backbone, self.batch, self.method, self.replay, self.tape = backbone, batch, method, replay, tape
+        self.config = method.config
         self.kept = KeptSegments() if kept is None else kept
-        self.passes_run = 0
         self.prompt_embeds = backbone.embed_prompt(batch) if prompt_embeds is None else prompt_embeds
         positions = batch.prompt_positions
-        if config.positions == "sequential":
+        if self.config.positions == "sequential":
             positions = (batch.prompt_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         self.prompt_positions = positions
         last = positions.masked_fill(~batch.prompt_mask, -1).amax((0, 2))
         self.sequence = Columns(batch.prompt_mask, last + 1)
         self.candidates = batch.image_mask
+        self.passes: list[Tensor] = []
+        self.embeds: list[Tensor] = []
         self.steps: list[LatentStep] = []
+        self.tips: list[Tensor] = []
 
-    def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> tuple[Tensor, Tensor]:
+    def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> Tensor:
         """Feed the newest columns, embeds (B,L,D); their mask is already in `sequence`.
 
-        Returns hidden (B,L,D) and, with `read`, s over the question's columns (B,P), else an empty tensor.
+        read: the pass ends a question or a step, and the next step reads it.  Returns s over the question's columns
+        (B,P), or an empty tensor.
         """
         columns = self.prompt_embeds.shape[1] if read else 0
         if self.tape is not None:
             self.tape.start_pass()
-        latent = Pass(self.passes_run, self.kept, columns, tape=self.tape)
+        gradient = self.method.weighting.gradient and self.config.latent_grad == "bptt"
+        latent = Pass(len(self.passes), self.kept, columns, read_gradient=gradient, tape=self.tape)
         hidden = self.backbone.decode(embeds, positions, self.masks(embeds.shape[1]), latent)
-        self.passes_run += 1
-        return hidden, latent.mean_saliency() if read else hidden.new_empty(0)
+        latent.end()
+        self.passes.append(hidden)
+        self.embeds.append(embeds)
+        return latent.mean_saliency() if read else hidden.new_empty(0)
 
     def masks(self, length: int) -> dict[str, Tensor]:
         """Masks of the last `length` columns, (B,1,length,T) bool, by kind of layer."""
@@ -201,38 +266,47 @@ class LatentForward:
             masks["sliding_attention"] = segment_mask(mask, length, window)
         return masks
 
-    def take_step(self, hidden: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent step after a pass: V and h as new columns.
+    def end_at(self, column: int) -> Tensor:
+        """Note column `column` of the last pass as the end of the question or of a step; its hidden state (B,D)."""
+        tip = self.passes[-1][:, column].clone()  # a view would hold all of the pass until backward
+        self.tips.append(last_real(tip, self.tips, self.steps))
+        return self.tips[-1]
 
-        hidden (B,D) of the pass's last column.  Returns embeds (B,K+1,D) and positions (3,B,K+1).
-        """
+    def take_step(self, saliency: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent step after a pass: its new columns' embeds (B,K+W,D) and positions (3,B,K+W)."""
         batch, config, step = self.batch, self.config, len(self.steps)
+        tip = self.end_at(-1)
         active = batch.latents > step
-        if self.replay is not None:
-            columns, filled = self.replay(step, saliency)
-        else:
-            columns, filled = select_patches(
-                saliency,
-                self.candidates,
-                config.num_patches,
-                selection=config.selection,
-                patch_order=config.patch_order,
-                row_ids=batch.row_ids,
-                step=step,
-            )
+        columns, filled = self._choose(saliency, step)
         filled = filled & active[:, None]
-        self.steps.append(LatentStep(columns, filled, saliency, self.candidates, hidden, active))
+        width = self.method.feedback.width
+        if not width:  # the next pass is read at its last column, which must be a real one
+            order = filled.long().argsort(dim=1, stable=True)
+            columns, filled = columns.gather(1, order), filled.gather(1, order)
+        inserted = torch.cat([filled, active[:, None].expand(-1, width)], dim=1)
+        reading = Reading(step, batch, self.prompt_embeds, tuple(self.passes), self.sequence.mask, tip, saliency)
+        if config.latent_grad == "detach":
+            reading = reading.detach()
+        self.steps.append(LatentStep(columns, filled, saliency, self.candidates, tip, active, reading, inserted))
         taken = torch.zeros_like(self.candidates, dtype=torch.int64).scatter_add_(1, columns, filled.long()) > 0
         self.candidates = self.candidates & ~taken
+        return self.method.columns(self.steps[-1], self.prompt_embeds), self.sequence.grow(inserted)
 
-        positions = self.sequence.grow(torch.cat([filled, active[:, None]], dim=1))
-        text = hidden.detach() if config.latent_grad == "detach" else hidden
-        return latent_columns(self.prompt_embeds, self.steps[-1], text), positions
+    def _choose(self, saliency: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Columns (B,K) that a step takes, and which of the K slots are filled."""
+        if self.replay is not None:
+            return self.replay(step, saliency)
+        return select_patches(
+            saliency.detach(),
+            self.candidates,
+            self.config.num_patches,
+            selection=self.config.selection,
+            patch_order=self.config.patch_order,
+            row_ids=self.batch.row_ids,
+            step=step,
+        )
 
 
-def latent_columns(prompt_embeds: Tensor, step: LatentStep, text: Tensor) -> Tensor:
-    """What a step inserts, (B,K+1,D): its patches' input embeddings, then `text` (B,D), h; zero in masked columns."""
-    # indexed: backward of `gather` would hold the whole prompt
-    rows = torch.arange(len(text), device=text.device)[:, None]
-    vision = prompt_embeds[rows, step.columns] * step.filled[..., None].to(text.dtype)
-    return torch.cat([vision, (text * step.active[:, None].to(text.dtype))[:, None]], dim=1)
+def last_real(tip: Tensor, before: Sequence[Tensor], steps: Sequence[LatentStep]) -> Tensor:
+    """`tip` (B,D) for rows whose last step inserted a column; for others, what they had `before` that step."""
+    return torch.where(steps[-1].inserted.any(1, keepdim=True), tip, before[-1]) if steps else tip

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments, Pass
-from pipeline.latent.forward import Backbone, LatentConfig, LatentForward, Replay, Trace, latent_columns
+from pipeline.latent.forward import Backbone, LatentForward, LatentMethod, Replay, Trace, last_real
 from pipeline.latent.recompute import LayerTape
 
 Wanted = Literal["auto", "segmented", "prepass"]
@@ -62,40 +63,35 @@ def choose_schedule(wanted: Wanted, *, latent_grad: str, checkpointing: bool, dr
 def latent_forward(
     backbone: Backbone,
     batch: Batch,
-    config: LatentConfig,
+    method: LatentMethod,
     schedule: Schedule | None = None,
     replay: Replay | None = None,
 ) -> Trace:
     """Question, latent steps and targets; `schedule` (segmented without it) changes no number."""
     schedule = schedule or Schedule()
     if not torch.is_grad_enabled() or (schedule.name == "segmented" and not schedule.whole_layers):
-        return _segmented(backbone, batch, config, replay)
-    assert config.latent_grad == "detach", "the other schedules cut the graph at h"
-    return _fixed_then_whole(backbone, batch, config, replay, record=schedule.whole_layers)
+        return _segmented(backbone, batch, method, replay)
+    assert method.config.latent_grad == "detach", "the other schedules cut the graph at h"
+    return _fixed_then_whole(backbone, batch, method, replay, record=schedule.whole_layers)
 
 
-def _segmented(backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None) -> Trace:
-    run = LatentForward(backbone, batch, config, replay=replay)
+def _segmented(backbone: Backbone, batch: Batch, method: LatentMethod, replay: Replay | None) -> Trace:
+    run = LatentForward(backbone, batch, method, replay=replay)
     embeds, positions = run.prompt_embeds, run.prompt_positions
-    hidden_by_pass, embeds_by_pass, tips = [], [], []
     for _ in range(batch.passes):
-        hidden, saliency = run.run_pass(embeds, positions, read=True)
-        hidden_by_pass.append(hidden)
-        embeds_by_pass.append(embeds)
-        tips.append(hidden[:, -1].clone())  # a view would hold all of hidden until backward
-        embeds, positions = run.take_step(tips[-1], saliency)
+        embeds, positions = run.take_step(run.run_pass(embeds, positions, read=True))
     start = embeds.shape[1]
     embeds = torch.cat([embeds, backbone.embed_tokens(batch.target_ids)], dim=1)
     positions = torch.cat([positions, run.sequence.grow(batch.target_mask)], dim=2)
-    hidden, _ = run.run_pass(embeds, positions, read=False)
-    tips.append(hidden[:, start - 1])
-    return Trace(run.steps, tips, [*hidden_by_pass, hidden], start, [*embeds_by_pass, embeds])
+    run.run_pass(embeds, positions, read=False)
+    run.end_at(start - 1)
+    return Trace(run.steps, run.tips, run.passes, start, run.embeds)
 
 
 def _fixed_then_whole(
-    backbone: Backbone, batch: Batch, config: LatentConfig, replay: Replay | None, record: bool
+    backbone: Backbone, batch: Batch, method: LatentMethod, replay: Replay | None, record: bool
 ) -> Trace:
-    """Passes without a graph fix V and h; one pass over the whole sequence has it.
+    """Passes without a graph fix V and what is read; one pass over the whole sequence has a graph.
 
     record: run the last pass without a graph too, and let the whole pass take over what all passes computed.
     """
@@ -103,25 +99,31 @@ def _fixed_then_whole(
     tape = LayerTape() if record else None
     with torch.no_grad():
         run = LatentForward(
-            backbone, batch, config, kept=CachedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
+            backbone, batch, method, kept=CachedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
         )
         embeds, positions = run.prompt_embeds, run.prompt_positions
         all_positions = [positions]
         for _ in range(batch.passes):
-            hidden, saliency = run.run_pass(embeds, positions, read=True)
-            embeds, positions = run.take_step(hidden[:, -1].clone(), saliency)
+            embeds, positions = run.take_step(run.run_pass(embeds, positions, read=True))
             all_positions.append(positions)
         all_positions.append(run.sequence.grow(batch.target_mask))
         if tape is not None:
             run.run_pass(torch.cat([embeds, targets], dim=1), torch.cat(all_positions[-2:], dim=2), read=False)
             tape.whole = True
 
-    latents = [latent_columns(prompt, step, step.latent) for step in run.steps]
-    whole = torch.cat([prompt, *latents, targets], dim=1)
+    inserted = [method.columns(step, prompt) for step in run.steps]
+    whole = torch.cat([prompt, *inserted, targets], dim=1)
     if not whole.requires_grad:  # a checkpointed layer has a graph only where its input has one
         whole.requires_grad_()
-    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), Pass(tape=tape))
+    latent = Pass(tape=tape)
+    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), latent)
+    latent.end()
+    for step in run.steps:
+        step.reading = step.reading.forget()
+    tips: list[Tensor] = []
+    end = prompt.shape[1] - 1
+    for taken, columns in enumerate([prompt[:, :0], *inserted]):
+        end += columns.shape[1]
+        tips.append(last_real(hidden[:, end], tips, run.steps[:taken]))
     start = whole.shape[1] - targets.shape[1]
-    width = [step.shape[1] for step in latents]
-    ends = [prompt.shape[1] + sum(width[:n]) - 1 for n in range(batch.passes + 1)]
-    return Trace(run.steps, [hidden[:, end] for end in ends], [hidden], start, [prompt, *latents, targets])
+    return Trace(run.steps, tips, [hidden], start, [prompt, *inserted, targets])

@@ -1,15 +1,35 @@
 """Which image columns a latent step takes: latent vision V of a pass.
 
+A selection ranks the columns that are left; it is chosen by name and open to a user's own file (`parts`).
 Shapes: B rows, P question columns, K patches a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-SELECTIONS = ("attention", "random", "uniform", "least", "none")
+from pipeline.registry import Registry
+
 PATCH_ORDERS = ("position", "score")
+Ranking = Callable[[Tensor, Tensor, int, Tensor | None, int], Tensor]
+"""(s (B,P) fp32, candidates (B,P) bool, K, row ids (B,) or None, step) -> scores (B,P); the highest are taken"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A way to choose image columns."""
+
+    ranking: Ranking
+    takes: Literal["k", "all", "none"] = "k"
+    """How many a step takes: `num_patches`, all that are left, or none"""
+
+
+SELECTIONS: Registry[Selection] = Registry("selection")
 
 
 def select_patches(
@@ -29,9 +49,10 @@ def select_patches(
     slots.  Ties go to the lower column, on every device.  `row_ids` (B,) seeds `random`, so that a row's draw
     depends neither on its batch nor on the rank.
     """
-    if selection == "none":
-        num_patches = 0
-    ranking = _RANKINGS.get(selection, _by_attention)(saliency, candidates, num_patches, row_ids, step)
+    chosen = SELECTIONS[selection]
+    if chosen.takes != "k":
+        num_patches = int(candidates.sum(1).max()) if chosen.takes == "all" else 0
+    ranking = chosen.ranking(saliency, candidates, num_patches, row_ids, step)
     ranking = ranking.masked_fill(~candidates, float("-inf"))
     values, columns = ranking.sort(dim=1, descending=True, stable=True)
     missing = num_patches - columns.shape[1]
@@ -50,8 +71,10 @@ def _by_attention(saliency: Tensor, *_) -> Tensor:
     return saliency
 
 
-def _by_least(saliency: Tensor, *_) -> Tensor:
-    return -saliency
+SELECTIONS.add("attention")(Selection(_by_attention))
+SELECTIONS.add("least")(Selection(lambda saliency, *_: -saliency))
+SELECTIONS.add("all")(Selection(_by_attention, takes="all"))
+SELECTIONS.add("none")(Selection(_by_attention, takes="none"))
 
 
 def _by_random(saliency: Tensor, candidates: Tensor, num_patches: int, row_ids: Tensor | None, step: int) -> Tensor:
@@ -65,6 +88,9 @@ def _by_random(saliency: Tensor, candidates: Tensor, num_patches: int, row_ids: 
     return (x ^ (x >> 15)).double()
 
 
+SELECTIONS.add("random")(Selection(_by_random))
+
+
 def _by_uniform(saliency: Tensor, candidates: Tensor, num_patches: int, *_) -> Tensor:
     """Evenly spaced among the columns that are left."""
     left = candidates.sum(1, keepdim=True)
@@ -74,7 +100,7 @@ def _by_uniform(saliency: Tensor, candidates: Tensor, num_patches: int, *_) -> T
     return ((number == 0) | (wanted != before) | (left <= num_patches)).float()
 
 
-_RANKINGS = {"attention": _by_attention, "least": _by_least, "random": _by_random, "uniform": _by_uniform}
+SELECTIONS.add("uniform")(Selection(_by_uniform))
 
 
 def selection_entropy(saliency: Tensor, candidates: Tensor) -> Tensor:

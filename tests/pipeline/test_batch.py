@@ -77,3 +77,20 @@ def test_more_latents_than_passes_are_refused() -> None:
 def test_image_columns_that_do_not_match_the_images_are_refused() -> None:
     with pytest.raises(ValueError, match="a: 1 image columns for images of 4"):
         collate([replace(ROWS[0], image_grid=[(1, 4, 4)])], FORMAT, 1)
+
+
+def test_rows_of_different_given_tokens_are_no_batch() -> None:
+    rows = [row("a", [5], targets=[7, 8]), replace(row("b", [5], targets=[7, 8]), given=1)]
+    with pytest.raises(ValueError, match="a: 0 given tokens in a batch of rows with 1"):
+        collate(rows, FORMAT, 0)
+
+
+def test_given_tokens_are_no_labels() -> None:
+    rows = [
+        replace(row("a", [5], targets=[7, 8, 9]), given=1),
+        masked_row(FORMAT),
+        replace(row("b", [5], targets=[6]), given=1),
+    ]
+    batch = collate(rows, FORMAT, 0)
+    assert batch.labels.tolist() == [[IGNORE, 8, 9], [IGNORE] * 3, [IGNORE] * 3]
+    assert batch.label_mask.sum() == 2 and batch.target_mask.sum() == 4

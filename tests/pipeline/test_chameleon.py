@@ -19,13 +19,13 @@ from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.chameleon import Chameleon, ImageTokenProcessor, image_token
 from pipeline.batch import Row, collate
 from pipeline.config import ScratchConfig, load_config
-from pipeline.engine import add_latent_token
+from pipeline.engine import add_tokens
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.forward import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import lora_scope
-from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
 from tests.pipeline.conftest import TEXTS
 from tests.pipeline.examples import make_example, picture
 from tests.pipeline.tiny import FAMILIES, VOCABULARY, Shape, make_row, tiny_models
@@ -79,7 +79,7 @@ def test_loss_is_that_of_transformers() -> None:
             vlm.lm_head.weight[VOCABULARY:] *= 20
     (row,) = rows_of()[:1]
     batch = collate([row], FORMAT, 0)
-    trace = latent_forward(backbone, batch, LatentConfig())
+    trace = latent_forward(backbone, batch, LatentMethod.of(LatentConfig(), backbone))
     nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
     ids = torch.tensor([[*row.prompt_ids, *row.target_ids]])
     logits = stock(input_ids=ids, pixel_values=batch.pixel_values).logits[0]
@@ -94,9 +94,8 @@ def test_image_tokens_are_never_written() -> None:
     backbone, _ = tiny_models("chameleon")
     with torch.no_grad():
         backbone.core.lm_head.weight[VOCABULARY:] *= 20
-    out = generate(
-        backbone.eval(), collate(rows_of(2), FORMAT, 2), LatentConfig(num_patches=3), Decoding(12, eos_id=10**6)
-    )
+    method = LatentMethod.of(LatentConfig(num_patches=3), backbone)
+    out = generate(backbone.eval(), collate(rows_of(2), FORMAT, 2), method, Decoding(12, eos_id=10**6))
     assert all(token < VOCABULARY for tokens in out.tokens for token in tokens)
 
 
@@ -108,10 +107,8 @@ def test_what_is_never_predicted_is_no_weight() -> None:
 def test_both_kinds_of_positions_are_one() -> None:
     backbone, _ = tiny_models("chameleon")
     batch = collate(rows_of(2), FORMAT, 2)
-    hidden = [
-        latent_forward(backbone, batch, LatentConfig(num_patches=3, positions=positions)).hidden[-1]
-        for positions in ("mrope", "sequential")
-    ]
+    configs = [LatentConfig(num_patches=3, positions=positions) for positions in ("mrope", "sequential")]
+    hidden = [latent_forward(backbone, batch, LatentMethod.of(config, backbone)).hidden[-1] for config in configs]
     assert torch.equal(*hidden)
 
 
@@ -251,7 +248,7 @@ def test_a_full_vocabulary_grows_for_the_latent_token(folder: Path) -> None:
     """As the pretrained model's, which has no spare row."""
     tokenizer, vlm = AutoTokenizer.from_pretrained(folder), Chameleon.load(folder, torch.float32)
     vlm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    add_latent_token(vlm, tokenizer)
+    add_tokens(vlm, tokenizer, [LATENT_TOKEN])
     backbone = Chameleon(vlm)
     rows = backbone.head.weight.shape[0]
     assert rows == vlm.config.vocab_size >= len(tokenizer) and rows % 64 == 0

@@ -73,7 +73,8 @@ def test_every_published_default() -> None:
     assert config.eval.max_new_tokens == 512
     assert config.latent.model_dump() == {
         "num_patches": 32, "latent_grad": "bptt", "positions": "mrope", "patch_order": "position",
-        "selection": "attention",
+        "selection": "attention", "feedback": "hidden", "weighting": "copy", "auxiliary": "none",
+        "auxiliary_weight": 1.0,
     }  # fmt: skip
 
 

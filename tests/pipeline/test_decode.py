@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from pipeline.batch import Row, collate, masked_row
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.latent.decode import CachedSegments, Decoding, Generation, Sampling, generate
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.forward import LatentConfig, LatentMethod
 from pipeline.model import add_lora
 from tests.pipeline.naive import NaiveRow
 from tests.pipeline.tiny import EOS, FAMILIES, PAD, SLIDING, Shape, family_of, make_row, tiny_models
@@ -50,7 +50,8 @@ def answers(
 ) -> Generation:
     batch = collate(rows, family_of(backbone).format, max(row.latents for row in rows) if passes is None else passes)
     decoding = Decoding(count, eos, Sampling(**sampling))
-    return generate(backbone, batch, LatentConfig(num_patches=4, **(config or {})), decoding)
+    method = LatentMethod.of(LatentConfig(num_patches=4, **(config or {})), backbone)
+    return generate(backbone, batch, method, decoding)
 
 
 @pytest.mark.parametrize("positions", ["mrope", "sequential"])
@@ -181,7 +182,9 @@ def test_a_finished_rank_goes_on_until_all_are(models: tuple[Any, nn.Module], mo
 
     monkeypatch.setattr(torch.distributed, "all_reduce", add_the_other_rank)
     batch = collate(rows, family_of(backbone).format, 3)
-    along = generate(backbone, batch, LatentConfig(num_patches=4), Decoding(NEW, eos, synced=True))
+    along = generate(
+        backbone, batch, LatentMethod.of(LatentConfig(num_patches=4), backbone), Decoding(NEW, eos, synced=True)
+    )
     assert alone.tokens == along.tokens and len(along.tokens[0]) <= 2
     assert along.forward_calls == 1 + 3 + NEW > alone.forward_calls
     assert asked == [n >= len(along.tokens[0]) for n in range(NEW + 1)]

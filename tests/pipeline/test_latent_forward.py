@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Row, collate, masked_row
 from pipeline.latent.attention import ATTENTION_NAME
-from pipeline.latent.forward import LatentConfig, Trace
+from pipeline.latent.forward import LatentConfig, LatentMethod, Trace
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.latent.select import select_patches
@@ -109,7 +109,7 @@ def ours(
 ) -> tuple[Trace, Tensor]:
     """The trace of the padded batch, and the NLL of every target token in row-major order."""
     batch = collate(rows, family_of(backbone).format, max(row.latents for row in rows) if passes is None else passes)
-    trace = latent_forward(backbone, batch, config, schedule)
+    trace = latent_forward(backbone, batch, LatentMethod.of(config, backbone), schedule)
     return trace, token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
 
 
@@ -392,7 +392,7 @@ def test_inserted_embeddings_are_the_image_columns_and_h(models: tuple[Any, nn.M
     backbone, stock = models
     rows = rows_of(stock, "one-size", "n2")
     batch = collate(rows, family_of(backbone).format, 2)
-    trace = latent_forward(backbone, batch, LatentConfig(num_patches=3))
+    trace = latent_forward(backbone, batch, LatentMethod.of(LatentConfig(num_patches=3), backbone))
     prompt = backbone.embed_prompt(batch)
     for number, step in enumerate(trace.steps):
         inserted = trace.embeds[number + 1][:, :4]
@@ -405,7 +405,7 @@ def test_statistics(models: tuple[Any, nn.Module]) -> None:
     backbone, stock = models
     rows = rows_of(stock, "text-mixed-in", "n-mixed")  # 12, 0, 10, 0 image columns; 2, 0, 3, 1 steps
     batch = collate(rows, family_of(backbone).format, 3)
-    trace = latent_forward(backbone, batch, LatentConfig(num_patches=5))
+    trace = latent_forward(backbone, batch, LatentMethod.of(LatentConfig(num_patches=5), backbone))
     sums = {name: float(value) for name, value in trace.statistics(batch).items()}
     assert sums["latent_steps"] == 6 and sums["rows_with_latents"] == 2
     assert sums["coverage"] == pytest.approx(10 / 12 + 10 / 10)
@@ -459,11 +459,10 @@ def test_bf16_selects_the_patches_of_fp32() -> None:
         rows = [make_row(Shape([SMALL], 5, 1, 3), 1000 + seed + i, stock) for i in range(8)]
         batch = collate(rows, family_of(stock).format, 3)
         with torch.no_grad():
-            expected = latent_forward(full, batch, LatentConfig(num_patches=patches)).steps
+            method = LatentMethod.of(LatentConfig(num_patches=patches), full)
+            expected = latent_forward(full, batch, method).steps
             taken = [(step.columns, step.filled) for step in expected]
-            found = latent_forward(
-                half, batch, LatentConfig(num_patches=patches), replay=lambda i, _, t=taken: t[i]
-            ).steps
+            found = latent_forward(half, batch, method, replay=lambda i, _, t=taken: t[i]).steps
         for step, rounded in zip(expected, found, strict=True):
             left = int(step.candidates[0].sum())
             if left <= patches:

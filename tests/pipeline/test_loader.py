@@ -30,6 +30,7 @@ from pipeline.prompt import PromptConfig, RowBuilder
 
 SAMPLES, GLOBAL_BATCH = 23, 8
 STAGES = [StageConfig(latents=n, skip=n, epochs=2) for n in range(3)]
+CURRICULUM = CurriculumConfig(stages=STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_rows_are_those_of_the_order(index: ShardIndex, builder: RowBuilder) -> 
     """Step 4 is the second batch of the second epoch of stage 1, each row as `training_row` builds it."""
     samples = EpochOrder(index.shard_sizes, 3, 1, 1).take(GLOBAL_BATCH, GLOBAL_BATCH)
     (batch,) = steps(index, builder, seed=3, micro_batch=8)[4]
-    built = [training_row(index, builder, int(i), STAGES[1], 3) for i in samples]
+    built = [training_row(index, builder, int(i), STAGES[1], CURRICULUM) for i in samples]
     assert same(batch, collate(built, builder.processor.row_format, 1))
     assert batch.row_ids.tolist() == samples.tolist() and batch.keys == [index.key(int(i)) for i in samples]
 
@@ -289,10 +290,10 @@ def test_bad_samples_cross_from_workers(broken: ShardIndex, builder: RowBuilder)
 
 def test_an_unusable_sample_is_a_masked_row(index: ShardIndex, builder: RowBuilder) -> None:
     greedy = RowBuilder(builder.processor, builder.config, num_patches=10)
-    row = training_row(index, greedy, 4, STAGES[1], 3)
+    row = training_row(index, greedy, 4, STAGES[1], CURRICULUM)
     reason = "10 patches a step (latent.num_patches) of an image that has 9"
     assert (row.key, row.bad, list(row.target_ids)) == ("000000004", reason, [])
-    assert training_row(index, greedy, 4, STAGES[0], 3).bad == ""
+    assert training_row(index, greedy, 4, STAGES[0], CURRICULUM).bad == ""
 
 
 def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: RowBuilder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from data_prep.example import Example
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Row, collate
-from pipeline.prompt import PromptConfig, RowBuilder, UnusableSample, answer_label, open_image, question_text
+from pipeline.prompt import MARKERS, PromptConfig, RowBuilder, UnusableSample, answer_label, open_image, question_text
 from tests.pipeline.examples import make_example, picture
 
 STEPS = ["It is green", "It has a stem", "Only a pear has both."]
@@ -85,6 +86,20 @@ def test_exact_ids_and_labels(processor: Qwen2VLProcessor) -> None:
     batch = collate([row], processor.row_format, 1)
     assert batch.labels.tolist() == [list(row.target_ids)]  # every target and nothing else is a label
     assert batch.image_mask.sum() == 6 and batch.prompt_ids.tolist() == [list(row.prompt_ids)]
+
+
+def test_markers_stand_around_the_latent_steps(processor: Qwen2VLProcessor) -> None:
+    plain = build(processor, make_example(), latents=1)
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_tokens([*MARKERS], special_tokens=True)
+    opening, closing = processor.tokenizer.convert_tokens_to_ids(MARKERS)
+    row = build(processor, make_example(), latents=1, markers=True)
+    assert list(row.prompt_ids) == [*plain.prompt_ids, opening] and row.given == 1
+    assert list(row.target_ids) == [closing, *plain.target_ids]
+    assert (row.prompt_positions[:, -1] == plain.prompt_positions[:, -1] + 1).all()
+    short = build(processor, make_example(), latents=1, markers=True, max_tokens=columns(row))
+    assert short.dropped_steps == 0
+    assert build(processor, make_example(), latents=1, markers=True, max_tokens=columns(row) - 1).dropped_steps == 1
 
 
 def test_text_only(processor: Qwen2VLProcessor) -> None:
@@ -194,7 +209,7 @@ def test_prompt_row_is_the_row_without_targets(processor: Qwen2VLProcessor) -> N
     """Training and inference see the same question."""
     builder, example = RowBuilder(processor, PromptConfig(), 2), make_example()
     prompt, row = builder.prompt_row(example, "k", 1, 2), builder.row(example, "k", 1, 2, STEPS)
-    assert prompt.target_ids == () and (prompt.prompt_ids, prompt.latents) == (row.prompt_ids, 2)
+    assert not prompt.target_ids and (prompt.prompt_ids, prompt.latents) == (row.prompt_ids, 2)
     assert np.array_equal(prompt.pixel_values, row.pixel_values)
     assert np.array_equal(prompt.prompt_positions, row.prompt_positions)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.latent.select import PATCH_ORDERS, SELECTIONS, select_patches, selection_entropy
 
-RANKED = [name for name in SELECTIONS if name != "none"]
+RANKED = [name for name in SELECTIONS if SELECTIONS[name].takes == "k"]
 
 
 def row(scores: list[float], free: list[int] | None = None) -> tuple[Tensor, Tensor]:

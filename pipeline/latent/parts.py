@@ -1,0 +1,173 @@
+"""The parts of a latent step, each chosen by name in a recipe and open to a user's own file (`--plugin`).
+
+    feedback    what a step feeds back of the pass before it: columns of text        (B,W,D)
+    selection   which image columns it takes: a ranking of those that are left       (B,P), in `select`
+    weighting   how they enter: as they are, or times a weight                       (B,K)
+    auxiliary   what is added to the loss, row by row                                (B,)
+
+A part sees a `Reading` or a `Trace` and nothing else of the pipeline; docs/new_method.md adds one.
+Shapes: B rows, P question columns, T columns so far, K patches a step, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch
+from pipeline.registry import Registry
+
+if TYPE_CHECKING:
+    from pipeline.latent.forward import Trace
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a pass shows at the column that ends it."""
+
+    step: int
+    """From 0"""
+    batch: Batch
+    prompt_embeds: Tensor
+    """(B,P,D) input embeddings of the question, image columns included"""
+    passes: tuple[Tensor, ...]
+    """Final hidden states (B,L,D) of every pass so far, after the decoder's last norm"""
+    mask: Tensor
+    """(B,T) bool, real columns so far"""
+    tip: Tensor
+    """(B,D) h of the paper: the final hidden state of the row's last real column"""
+    saliency: Tensor
+    """(B,P) s of the paper, fp32: the last row's attention, mean over layers and heads"""
+
+    @property
+    def hidden(self) -> Tensor:
+        """Final hidden states of all columns so far, (B,T,D)."""
+        return torch.cat(self.passes, dim=1)
+
+    def last(self, count: int) -> tuple[Tensor, Tensor]:
+        """Final hidden states of each row's last `count` real columns, newest last.
+
+        Returns them (B,count,D) and which of them there are (B,count) bool; `count` is at most T.
+        """
+        order = self.mask.long().argsort(dim=1, stable=True)[:, -count:]
+        return self.hidden.gather(1, order[..., None].expand(-1, -1, self.tip.shape[-1])), self.mask.gather(1, order)
+
+    def forget(self) -> Reading:
+        """The same without hidden states, which would be held until backward."""
+        return replace(self, passes=(), tip=self.tip[:0])
+
+    def detach(self) -> Reading:
+        """The same without a graph (`latent_grad: detach`)."""
+        passes = tuple(hidden.detach() for hidden in self.passes)
+        return replace(self, passes=passes, tip=self.tip.detach(), saliency=self.saliency.detach())
+
+
+# ---- feedback ---------------------------------------------------------------------------------------------------
+class Feedback(nn.Module):
+    """What a step feeds back; may have parameters, which are trained, checkpointed and exported with the model."""
+
+    width = 1
+    """W: columns that a step feeds back, the same in every step"""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+
+    def forward(self, reading: Reading) -> Tensor:
+        """Input embeddings (B,width,D) of the step's last columns."""
+        raise NotImplementedError
+
+
+FEEDBACKS: Registry[type[Feedback]] = Registry("feedback")
+
+
+@FEEDBACKS.add("hidden")
+class HiddenState(Feedback):
+    """h itself (the paper's latent text; Coconut's continuous thought)."""
+
+    def forward(self, reading: Reading) -> Tensor:
+        return reading.tip[:, None]
+
+
+@FEEDBACKS.add("pause")
+class Pause(Feedback):
+    """One learned embedding, whatever was read: as many columns, no information."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.embedding = nn.Parameter(torch.empty(1, hidden_size).normal_(std=0.02))
+
+    def forward(self, reading: Reading) -> Tensor:
+        return self.embedding.to(reading.tip.dtype).expand(len(reading.tip), 1, -1)
+
+
+@FEEDBACKS.add("none")
+class Nothing(Feedback):
+    """No text: a step is its image columns alone."""
+
+    width = 0
+
+    def forward(self, reading: Reading) -> Tensor:
+        return reading.tip[:, None][:, :0]
+
+
+# ---- weighting --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Weighting:
+    """How chosen image columns enter: (s (B,P), columns (B,K), filled (B,K)) -> factors (B,K), or None for 1."""
+
+    factors: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+    gradient: bool = False
+    """Whether gradient flows through s; with `latent_grad: bptt` only"""
+
+
+WEIGHTINGS: Registry[Weighting] = Registry("weighting")
+WEIGHTINGS.add("copy")(Weighting(lambda saliency, columns, filled: None))
+
+
+def by_share(saliency: Tensor, columns: Tensor, filled: Tensor) -> Tensor:
+    """Each column times its share of the chosen columns' attention; 1 on average."""
+    chosen = saliency.gather(1, columns) * filled
+    return chosen * filled.sum(1, keepdim=True) / chosen.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+WEIGHTINGS.add("weighted")(Weighting(by_share, gradient=True))
+
+
+# ---- auxiliary loss ---------------------------------------------------------------------------------------------
+class Auxiliary(nn.Module):
+    """What is added to the loss of a row; may have parameters, which are trained and checkpointed."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+
+    def forward(self, trace: Trace, batch: Batch) -> Tensor:
+        """(B,) fp32: a row's loss, to be added to its mean NLL a token times `latent.auxiliary_weight`."""
+        raise NotImplementedError
+
+
+AUXILIARIES: Registry[type[Auxiliary]] = Registry("auxiliary loss")
+
+
+@AUXILIARIES.add("none")
+class NoLoss(Auxiliary):
+    def forward(self, trace: Trace, batch: Batch) -> Tensor:
+        return batch.latents.new_zeros(len(batch.latents), dtype=torch.float32)
+
+
+@AUXILIARIES.add("norm")
+class NormLoss(Auxiliary):
+    """Keeps h as long as the embeddings it stands among: mean over a row's steps of log(|h| / mean |embedding|)^2."""
+
+    def forward(self, trace: Trace, batch: Batch) -> Tensor:
+        if not trace.steps:
+            return batch.latents.new_zeros(len(batch.latents), dtype=torch.float32)
+        real = batch.prompt_mask.float()
+        lengths = trace.embeds[0].detach().float().norm(dim=-1)
+        usual = (lengths * real).sum(1) / real.sum(1)
+        excess = torch.stack([(tip.float().norm(dim=-1) / usual).log() ** 2 for tip in trace.tips[:-1]], dim=1)
+        active = torch.stack([step.active for step in trace.steps], dim=1)
+        return (excess * active).sum(1) / active.sum(1).clamp(min=1)

@@ -1,0 +1,300 @@
+"""The parts of a latent step against a plain definition of them; registering one's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from pipeline import registry
+from pipeline.backbones.qwen2_vl import Qwen2VL
+from pipeline.batch import Row, collate
+from pipeline.config import load_config
+from pipeline.latent.decode import Decoding, generate
+from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.parts import FEEDBACKS, Reading
+from pipeline.latent.recompute import enable_checkpointing
+from pipeline.latent.schedules import Schedule, latent_forward
+from pipeline.loss import token_nll
+from pipeline.model import LatentModel
+from pipeline.registry import Registry, load_plugin
+from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass
+from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
+
+SCHEDULES = {
+    "segmented": Schedule("segmented"),
+    "prepass": Schedule("prepass"),
+    "whole-layers": Schedule("segmented", whole_layers=True),
+}
+PARTS = [
+    {"feedback": feedback, "selection": selection, "weighting": weighting}
+    for feedback, selection, weighting in itertools.product(
+        ("hidden", "pause", "none"), ("attention", "all", "none"), ("copy", "weighted")
+    )
+    if selection != "none" or (feedback != "none" and weighting == "copy")
+]
+WAYS = [("bptt", "segmented", False), ("bptt", "segmented", True)]
+WAYS += [("detach", "segmented", False), ("detach", "prepass", True), ("detach", "whole-layers", True)]
+NEW = 6
+
+
+class NaiveParts(NaiveRow):
+    """The definition with other parts: one row, every pass over its whole prefix again."""
+
+    def __init__(self, vlm: nn.Module, row: Row, method: LatentMethod) -> None:
+        self.method = method
+        super().__init__(vlm, row, method.config)
+
+    def take_step(self, step: int) -> None:
+        config = self.config
+        hidden, attention = full_pass(self.vlm, self.embeds, self.positions)
+        scores, last = attention[:, :, -1, : len(self.prompt)].mean((0, 1)), hidden[-1]
+        if config.latent_grad == "detach":
+            scores, last = scores.detach(), last.detach()
+        columns = sorted(self.free) if config.selection == "all" else self.choose(step, scores.detach())[0]
+        self.steps.append(NaiveStep(columns, scores.detach(), 1.0))
+        self.free = [column for column in self.free if column not in columns]
+        share = scores[columns] / scores[columns].sum() * len(columns)
+        factors = share if config.weighting == "weighted" else torch.ones(len(columns))
+        new = [self.prompt[column] * factor for column, factor in zip(columns, factors, strict=True)]
+        if config.feedback != "none":
+            new.append(last if config.feedback == "hidden" else self.method.feedback.embedding[0])
+        if new:
+            self.append(torch.stack(new))
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Qwen2VL, nn.Module]:
+    return tiny_models()
+
+
+def rows_of(stock: nn.Module, latents: list[int]) -> list[Row]:
+    """Pictures of two sizes, two pictures, none."""
+    shapes = zip([[(3, 4)], [(2, 3)], [(2, 3), (5, 2)], []], [5, 2, 9, 4], [4, 7, 1, 3], latents, strict=True)
+    return [make_row(Shape(*shape), number, stock) for number, shape in enumerate(shapes)]
+
+
+def method_of(backbone: Qwen2VL, **options: object) -> LatentMethod:
+    torch.manual_seed(0)
+    return LatentMethod.of(LatentConfig(num_patches=2, **options), backbone)
+
+
+@contextmanager
+def checkpointed(backbone: Qwen2VL, enabled: bool) -> Iterator[None]:
+    if enabled:
+        enable_checkpointing(backbone.core)
+    yield
+    backbone.core.gradient_checkpointing_disable()
+
+
+def gradients(modules: list[nn.Module], loss: Tensor) -> list[Tensor]:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join([way[0], way[1], "checkpointed" if way[2] else "plain"]))
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: " ".join(parts.values()))
+def test_equals_the_definition(models: tuple[Qwen2VL, nn.Module], parts: dict[str, str], way: tuple) -> None:
+    """Loss and every gradient, the parts' own parameters included; rows of 2, 0, 3 and 1 steps in one batch."""
+    backbone, stock = models
+    latent_grad, schedule, checkpointing = way
+    method = method_of(backbone, latent_grad=latent_grad, **parts)
+    rows = rows_of(stock, [2, 0, 3, 1])
+    batch = collate(rows, FORMAT, 3)
+    with checkpointed(backbone, checkpointing):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[schedule])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([backbone.core, method], nll.mean())
+    expected = torch.cat([NaiveParts(stock, row, method).nll() for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    for found, gradient in zip(ours, gradients([stock, method], expected.mean()), strict=True):
+        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7
+    if parts["feedback"] == "pause":
+        assert ours[-1].abs().max() > 0
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: " ".join(parts.values()))
+def test_answers_equal_the_definition(models: tuple[Qwen2VL, nn.Module], parts: dict[str, str]) -> None:
+    backbone, stock = models
+    method, rows = method_of(backbone, **parts), rows_of(stock, [2, 0, 3, 1])
+    backbone.eval()
+    with torch.no_grad():
+        out = generate(backbone, collate(rows, FORMAT, 3), method, Decoding(NEW, 10**6))
+        expected = [NaiveParts(stock, row, method).answer(NEW, 10**6) for row in rows]
+    backbone.train()
+    assert out.tokens == expected
+    assert out.forward_calls == 1 + 3 + NEW
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way[:2]))
+def test_given_tokens(models: tuple[Qwen2VL, nn.Module], way: tuple) -> None:
+    """Tokens between latent steps and text are read and not predicted, in training and in answers."""
+    backbone, stock = models
+    method = method_of(backbone, latent_grad=way[0])
+    rows = [replace(row, given=2) for row in rows_of(stock, [2, 0, 3, 1])]
+    rows[3].target_ids = rows[3].target_ids[:2]  # nothing but given tokens
+    batch = collate(rows, FORMAT, 3)
+    with checkpointed(backbone, way[2]):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([backbone.core], nll.mean())
+    expected = torch.cat([NaiveParts(stock, row, method).nll()[2:] for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    for found, gradient in zip(ours, gradients([stock], expected.mean()), strict=True):
+        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7
+    with torch.no_grad():
+        backbone.eval()
+        answers = generate(backbone, batch, method, Decoding(NEW, 10**6)).tokens
+        backbone.train()
+        for row, answer in zip(rows, answers, strict=True):
+            naive = NaiveParts(stock, row, method)
+            naive.append(naive.embed(torch.tensor(row.target_ids[:2])))
+            assert answer == naive.answer(NEW, 10**6)
+
+
+def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """Through s alone: with pause feedback nothing else joins the last pass to the query of the pass before."""
+    backbone, stock = models
+    batch = collate(rows_of(stock, [1, 1, 1, 1]), FORMAT, 1)
+    reached = {}
+    for latent_grad in ("bptt", "detach"):
+        method = method_of(backbone, feedback="pause", weighting="weighted", latent_grad=latent_grad)
+        trace = latent_forward(backbone, batch, method)
+        reached[latent_grad] = trace.steps[0].reading.saliency.requires_grad
+    assert reached == {"bptt": True, "detach": False}
+
+
+def test_norm_loss(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """log(|h| / mean |embedding|)^2, mean over a row's steps; added to each of its labelled tokens' NLL."""
+    backbone, stock = models
+    rows = rows_of(stock, [2, 0, 3, 1])
+    batch = collate(rows, FORMAT, 3)
+    plain, added = (
+        LatentModel(backbone, LatentConfig(num_patches=2, auxiliary=name, auxiliary_weight=0.5))
+        for name in ("none", "norm")
+    )
+    expected = 0.0
+    for row in rows:
+        naive = NaiveRow(stock, replace(row, latents=0), plain.latent)
+        usual, terms = naive.prompt.norm(dim=-1).mean(), []
+        for step in range(row.latents):
+            hidden, _ = full_pass(stock, naive.embeds, naive.positions)
+            terms.append((hidden[-1].norm() / usual).log() ** 2)
+            naive.take_step(step)
+        expected += 0.5 * float(sum(terms)) / max(1, len(terms)) * len(row.target_ids)
+    difference = added(batch)[0] - plain(batch)[0]
+    assert expected > 0.05
+    assert float(difference) == pytest.approx(expected, rel=1e-4)
+
+
+def test_last_columns_of_a_reading(models: tuple[Qwen2VL, nn.Module]) -> None:
+    """The newest real columns of each row, across passes and past masked ones."""
+    backbone, stock = models
+    rows = rows_of(stock, [2, 0, 3, 1])
+    trace = latent_forward(backbone, collate(rows, FORMAT, 3), method_of(backbone))
+    reading = trace.steps[2].reading
+    hidden, there = reading.last(4)
+    assert there.all()
+    for i, row in enumerate(rows):
+        naive = NaiveRow(stock, replace(row, latents=min(row.latents, 2)), LatentConfig(num_patches=2))
+        expected = full_pass(stock, naive.embeds, naive.positions)[0][-4:]
+        torch.testing.assert_close(hidden[i], expected, atol=1e-4, rtol=0)
+
+
+# ---- names and plugins ------------------------------------------------------------------------------------------
+def test_names_are_checked() -> None:
+    with pytest.raises(
+        ValidationError, match=r"no feedback is called hiden; did you mean hidden\? \(hidden, pause, none"
+    ):
+        LatentConfig(feedback="hiden")
+    things: Registry[int] = Registry("thing")
+    things.add("one")(1)
+    assert things["one"] == 1
+    with pytest.raises(UserError, match="a thing called one exists already"):
+        things.add("one")(2)
+
+
+MEAN = """
+from torch import Tensor
+from pipeline.latent.parts import FEEDBACKS, Feedback, Reading
+
+@FEEDBACKS.add("{name}")
+class MeanOfFour(Feedback):
+    def forward(self, reading: Reading) -> Tensor:
+        hidden, there = reading.last(4)
+        return (hidden * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
+"""
+
+
+def test_a_plugin_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line or a recipe, and before its names are checked."""
+    monkeypatch.setattr(registry, "_loaded", set())
+    for number, way in enumerate(("recipe", "option")):
+        name, file = f"mean_{way}", tmp_path / f"idea{number}.py"
+        file.write_text(MEAN.format(name=name))
+        recipe = tmp_path / "recipe.yaml"
+        text = f"latent: {{feedback: {name}}}\nmodel: {{path: x}}\ndata: {{path: x}}\n"
+        recipe.write_text(text + (f"plugin: {file}\n" if way == "recipe" else ""))
+        config = load_config(recipe, {"plugin": str(file)} if way == "option" else {})
+        assert config.latent.feedback == name and name in FEEDBACKS
+        load_plugin(file)  # again: nothing happens
+
+
+def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_path: Path) -> None:
+    backbone, stock = models
+    (tmp_path / "mean.py").write_text(MEAN.format(name="mean_four"))
+    load_plugin(tmp_path / "mean.py")
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), FORMAT, 3)
+    found = {}
+    for name, schedule in SCHEDULES.items():
+        method = method_of(backbone, feedback="mean_four", latent_grad="detach")
+        with checkpointed(backbone, name == "whole-layers"):
+            trace = latent_forward(backbone, batch, method, schedule)
+            nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+            found[name] = (nll, gradients([backbone.core], nll.mean()))
+    for name in ("prepass", "whole-layers"):
+        torch.testing.assert_close(found[name][0], found["segmented"][0], atol=1e-5, rtol=0)
+        for ours, theirs in zip(found[name][1], found["segmented"][1], strict=True):
+            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\nraise ValueError('no')\n", r"bad.py, line 2: ValueError: no"),
+        ("x = (\n", r"bad.py, line 1: SyntaxError"),
+        ("import no_such_module\n", r"bad.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "from pipeline.latent.parts import *\nFEEDBACKS.add('pause')(Pause)\n",
+            "a feedback called pause exists already",
+        ),
+        (None, "there is no such file"),
+    ],
+)
+def test_bad_plugin(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_plugin(tmp_path / "bad.py")
+
+
+def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: {path: x}\ndata: {path: x}\nlatent: {feedback: none, selection: none}\n")
+    with pytest.raises(UserError, match="a latent step would have no column"):
+        load_config(tmp_path / "r.yaml", {})
+
+
+def test_reading_is_all_that_a_part_sees() -> None:
+    """docs/new_method.md lists these."""
+    assert [*Reading.__dataclass_fields__] == ["step", "batch", "prompt_embeds", "passes", "mask", "tip", "saliency"]
