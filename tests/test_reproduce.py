@@ -13,9 +13,10 @@ SCRATCH = (
     "{hidden_size: 64, intermediate_size: 96, layers: 2, heads: 4, kv_heads: 2, vision_layers: 1, vision_size: 32,"
     " vision_heads: 2, vocab_size: 400, image_size: 32}"
 )
+STAGES = "[{latents: 0, skip: 0, steps: 2}, {latents: 3, skip: 3, steps: 2}]"
 TINY = {
     "model.path": "none", "model.lora": "none", "model.dtype": "fp32", "model.scratch": SCRATCH,
-    "curriculum.stages": "[{latents: 0, skip: 0, steps: 2}, {latents: 3, skip: 3, steps: 2}]", "latent.num_patches": "3",
+    "curriculum.stages": STAGES, "latent.num_patches": "3",
     "train.global_batch": "4", "train.micro_batch": "2", "train.val_samples": "2", "data.workers": "0",
     "eval.max_new_tokens": "8",
 }  # fmt: skip

@@ -35,7 +35,7 @@ class LatentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_patches: int = Field(32, ge=0)
-    """K: image columns that each latent step takes (paper: 32 for Qwen2-VL)."""
+    """K: image columns that each latent step takes (paper: 32 for Qwen2-VL, 64 for Chameleon)."""
     latent_grad: Literal["bptt", "detach"] = "bptt"
     """Whether gradient flows through h into the pass that produced it (bptt) or not (detach: published)."""
     positions: Literal["mrope", "sequential"] = "mrope"

@@ -108,12 +108,8 @@ def test_what_is_never_predicted_is_no_weight() -> None:
 def test_both_kinds_of_positions_are_one() -> None:
     backbone, _ = tiny_models("chameleon")
     batch = collate(rows_of(2), FORMAT, 2)
-    hidden = [
-        latent_forward(
-            backbone, batch, LatentMethod.of(LatentConfig(num_patches=3, positions=positions), backbone)
-        ).hidden[-1]
-        for positions in ("mrope", "sequential")
-    ]
+    configs = [LatentConfig(num_patches=3, positions=positions) for positions in ("mrope", "sequential")]
+    hidden = [latent_forward(backbone, batch, LatentMethod.of(config, backbone)).hidden[-1] for config in configs]
     assert torch.equal(*hidden)
 
 
