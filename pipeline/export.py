@@ -35,6 +35,27 @@ FILE = "latent_config.json"
 ADAPTER = "adapter_model.safetensors"
 PARTS = "latent_parts.safetensors"
 """Parameters of the method's parts, where they have any"""
+TOKEN_ROWS = "token_rows.safetensors"
+
+
+class Converted(BaseModel):
+    """Where a converted export comes from, as `pipeline.convert` needs it to go back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: str
+    """Name of the released file"""
+    base: str
+    """Folder or hub id of the model that its frozen weights were compared with"""
+    changed_base: bool
+    """Whether other weights than the base's were taken, as --allow_changed_base says"""
+    lora_r: int
+    """0: the file had no LoRA"""
+    lora_alpha: int
+    prefix: str
+    """What stood in front of every name"""
+    aliases: list[str]
+    """Other names of the embeddings"""
 
 
 class ExportInfo(BaseModel):
@@ -59,6 +80,9 @@ class ExportInfo(BaseModel):
     """Shard folder it was trained on"""
     plugin: str | None = None
     """Name of the user's file that its method came from; answering takes it by --plugin again"""
+    vocabulary: int | None = None
+    """Rows of an adapter's embeddings, where not the base's; TOKEN_ROWS holds the last of them"""
+    converted: Converted | None = None
 
     @classmethod
     def read(cls, folder: Path) -> ExportInfo:
@@ -185,7 +209,9 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
         if info.adapter_of:
             from peft import PeftModel
 
-            if len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
+            if info.vocabulary:
+                set_token_rows(folder, vlm, info.vocabulary)
+            elif len(processor.tokenizer) > vlm.get_input_embeddings().num_embeddings:
                 vlm.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
             if info.prompt.markers:  # frozen, and so not in the adapter: as training made them
                 used = processor.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
@@ -221,6 +247,7 @@ def load_parts(folder: Path, method: LatentMethod) -> None:
 def check_files(folder: Path, info: ExportInfo) -> None:
     """Raise UserError naming the files that an export lacks; libraries would look for them elsewhere, or do without."""
     needed = ["adapter_config.json", ADAPTER] if info.adapter_of else ["config.json"]
+    needed += [TOKEN_ROWS] if info.vocabulary else []
     needed += BACKBONES[info.backbone].PROCESSOR_FILES
     if lacking := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"export {folder} is not complete: it lacks {', '.join(lacking)}")
@@ -237,6 +264,16 @@ def check_base_of(folder: Path, info: ExportInfo) -> None:
         raise UserError(f"{folder / FILE} does not say which weights the adapter's base has (base_hash)")
     if base_hash(base, weights=True, revision=info.revision) != info.base_hash:
         raise UserError(f"{folder} is an adapter of {base}, whose weights are not those that it was trained on")
+
+
+def set_token_rows(folder: Path, vlm: Any, vocabulary: int) -> None:
+    """Give the base of an adapter a vocabulary of so many rows, the last of them from the adapter's folder."""
+    vlm.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with safe_open(folder / TOKEN_ROWS, "pt") as file, torch.no_grad():
+        for name, table in (("input", vlm.get_input_embeddings()), ("output", vlm.get_output_embeddings())):
+            if name in file.keys():  # noqa: SIM118  (no mapping)
+                rows = file.get_tensor(name)
+                table.weight[vocabulary - len(rows) :] = rows.to(table.weight.dtype)
 
 
 def check_adapter(folder: Path, vlm: Any) -> None:

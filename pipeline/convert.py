@@ -1,0 +1,186 @@
+"""Command: a checkpoint of the paper's authors -> an export of this pipeline, and back.
+
+    python -m pipeline.convert --from released --weights F.pth --base NAME_OR_DIR --out DIR
+    python -m pipeline.convert --to released --model EXPORT --out F.pth
+
+Weights are read and written one at a time; `pipeline/released/` knows the files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_prep import cli
+from data_prep.errors import UserError
+from pipeline.backbones import BACKBONES
+from pipeline.config import LoraConfig, RunConfig, load_config
+from pipeline.export import Converted, ExportInfo
+from pipeline.prepare import base_hash, check_base, data_folder
+from pipeline.released.back import to_released
+from pipeline.released.exporting import write_adapter, write_merged
+from pipeline.released.files import ModelWeights, folder_in_whole, local_folder, read_config
+from pipeline.released.form import ADDED_TOKENS, FORMS, Skeleton, form_of
+from pipeline.released.frozen import FrozenCheck
+from pipeline.released.reading import ReleasedFile, read_released
+
+ANSWERS = {"m3cot": "letter", "scienceqa": "index"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(**options: str) -> None:
+    """Convert a checkpoint of the paper's authors, or back.
+
+    --from released: --weights F.pth --base NAME_OR_DIR --out DIR; --export merged|adapter; --dtype auto|bf16|fp32 of
+    merged weights (auto: as the file has them); --benchmark m3cot|scienceqa: which of the paper's settings the export
+    records (prompt, latent steps, LoRA alpha 16), unless --recipe X.yaml gives others; --stage: of the curriculum, the
+    last without it; --data: shard folder; --SECTION.FIELD VALUE: any one setting (pipeline/config.py), such as
+    --latent.num_patches 16 or --model.lora.alpha 32; --allow_changed_base true: take frozen weights that are not the
+    base's as they are, merged.
+
+    --to released: --model EXPORT --out F.pth, an fp32 state dict.
+    """
+    source, target = options.pop("from", None), options.pop("to", None)
+    if (source, target) not in (("released", None), (None, "released")):
+        raise UserError("give either --from released or --to released")
+    command: Callable[..., None] = from_released if source else to_released
+    with cli.terminated_as_interrupted():
+        command(**cli.bind(command, options))
+
+
+def from_released(
+    *,
+    weights: Path,
+    base: str,
+    out: Path,
+    export: Literal["merged", "adapter"] = "merged",
+    dtype: Literal["auto", "bf16", "fp32"] = "auto",
+    benchmark: Literal["m3cot", "scienceqa"] = "m3cot",
+    recipe: Path | None = None,
+    stage: int | None = None,
+    data: str | None = None,
+    allow_changed_base: bool = False,
+    **settings: str,
+) -> None:
+    """See `main`.  Raises UserError; `out` is then as it was."""
+    problems = [f"--out {out} exists; choose another"] if out.exists() else []
+    if export == "adapter" and dtype != "auto":
+        problems.append("--dtype is for merged exports: an adapter keeps what the file has")
+    if export == "adapter" and allow_changed_base:
+        problems.append("--allow_changed_base is for merged exports: an adapter runs on the base's weights")
+    if problems:
+        raise UserError(*problems)
+    folder = local_folder(base, settings.get("model.revision"))
+    hf_config = read_config(folder)
+    backbone = backbone_of(hf_config, base)
+    form = form_of(backbone, base)
+    config = read_settings(recipe, benchmark, settings | {"model.backbone": backbone, "model.path": base}, data)
+    check_base(config.model.model_copy(update={"path": str(folder)}), config.prompt)
+    stage = stage_of(config, stage)
+    processor = BACKBONES[backbone].processor(folder, config.prompt)
+    tokens = len(processor.tokenizer)
+    skeleton = Skeleton.of(hf_config, form)
+    frozen = FrozenCheck(ModelWeights(folder, form).check(skeleton), skeleton.tables, tokens)
+    released = read_released(weights, skeleton, form, tokens)
+    if export == "adapter" and not released.lora:
+        raise UserError(f"{weights} has no LoRA weights: there is no adapter to export")
+    rows = len(released.weights[skeleton.embeddings])
+    add_tokens(processor.tokenizer, rows)
+
+    alpha = (config.model.lora or LoraConfig()).alpha
+    with folder_in_whole(out) as writing:
+        if export == "merged":
+            types = write_merged(writing, released, skeleton, frozen, alpha, DTYPES.get(dtype))
+            hf_config.get_text_config().vocab_size = rows
+            hf_config.dtype = max(types, key=lambda kind: kind.itemsize)
+            hf_config.save_pretrained(writing)
+            if (folder / "generation_config.json").is_file():
+                shutil.copy(folder / "generation_config.json", writing)
+        else:
+            write_adapter(writing, released, skeleton, form, frozen, alpha, base)
+        frozen.judge(base, export, allow_changed_base)
+        processor.save(writing)
+        export_info(released, frozen, config, stage, rows, base, export, alpha).write(writing)
+    latent = config.latent
+    print(f"{len(released.lora)} modules with LoRA of rank {released.rank}, alpha {alpha}; {frozen.describe(base)}")
+    print(f"{config.curriculum.stages[stage].latents} latent steps of {latent.num_patches} patches,"
+          f" positions {latent.positions}, answer as {config.prompt.answer}")  # fmt: skip
+    print(f"{out}: {export} export; python -m pipeline.evaluate --model {out}")
+
+
+def backbone_of(hf_config: Any, base: str) -> str:
+    """Name of the backbone that a model is of.  Raises UserError."""
+    for name, family in BACKBONES.items():
+        if hf_config.model_type == family.MODEL_TYPE:
+            return name
+    raise UserError(f"--base {base} is a {hf_config.model_type} model; released files are known of {', '.join(FORMS)}")
+
+
+def read_settings(recipe: Path | None, benchmark: str, settings: Mapping[str, str], data: str | None) -> RunConfig:
+    """What a state dict does not say: published values, or a recipe's, then single options.  Raises UserError."""
+    values = {"model.scratch": "none"}
+    if recipe is None:
+        published = FORMS[settings["model.backbone"]].published
+        values |= {**published, "prompt.answer": ANSWERS[benchmark], "data.path": f"data/{benchmark}"}
+    values |= {**settings} | ({"data.path": data} if data else {})
+    return load_config(recipe, values)
+
+
+def stage_of(config: RunConfig, stage: int | None) -> int:
+    """The stage that the file is the end of; the last one where none is given.  Raises UserError."""
+    last = len(config.curriculum.stages) - 1
+    if stage is not None and not 0 <= stage <= last:
+        raise UserError(f"--stage {stage}: the curriculum has stages 0 to {last}")
+    return last if stage is None else stage
+
+
+def add_tokens(tokenizer: Any, rows: int) -> None:
+    """Give the tokenizer the tokens that the released trainer added, where the vocabulary has rows for them."""
+    new = [token for token in ADDED_TOKENS if token not in tokenizer.get_vocab()]
+    if len(tokenizer) + len(new) <= rows:
+        tokenizer.add_tokens(new, special_tokens=True)
+
+
+def export_info(
+    released: ReleasedFile,
+    frozen: FrozenCheck,
+    config: RunConfig,
+    stage: int,
+    rows: int,
+    base: str,
+    export: str,
+    alpha: int,
+) -> ExportInfo:
+    """What `latent_config.json` says of the export; hashes the base of an adapter."""
+    as_adapter, revision = export == "adapter", config.model.revision
+    where = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return ExportInfo(
+        backbone=config.model.backbone,
+        latent=config.latent,
+        prompt=config.prompt,
+        latents=config.curriculum.stages[stage].latents,
+        stage=stage,
+        groups=config.curriculum.groups,
+        adapter_of=where if as_adapter else None,
+        revision=revision if as_adapter else None,
+        base_hash=base_hash(base, weights=True, revision=revision) if as_adapter else None,
+        data=str(data_folder(config).resolve()),
+        vocabulary=rows if as_adapter else None,
+        converted=Converted(
+            weights=released.path.name,
+            base=where,
+            changed_base=bool(frozen.changed),
+            lora_r=released.rank,
+            lora_alpha=alpha,
+            prefix=released.prefix,
+            aliases=released.aliases,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
