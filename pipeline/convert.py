@@ -18,7 +18,7 @@ import torch
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
-from pipeline.config import LoraConfig, RunConfig, load_config
+from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
 from pipeline.export import Converted, ExportInfo
 from pipeline.prepare import base_hash, check_base, data_folder
 from pipeline.released.back import to_released
@@ -28,7 +28,6 @@ from pipeline.released.form import ADDED_TOKENS, FORMS, Skeleton, form_of
 from pipeline.released.frozen import FrozenCheck
 from pipeline.released.reading import ReleasedFile, read_released
 
-ANSWERS = {"m3cot": "letter", "scienceqa": "index"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -124,8 +123,8 @@ def read_settings(recipe: Path | None, benchmark: str, settings: Mapping[str, st
     """What a state dict does not say: published values, or a recipe's, then single options.  Raises UserError."""
     values = {"model.scratch": "none"}
     if recipe is None:
-        published = FORMS[settings["model.backbone"]].published
-        values |= {**published, "prompt.answer": ANSWERS[benchmark], "data.path": f"data/{benchmark}"}
+        name = f"{FORMS[settings['model.backbone']].recipes}_{benchmark}.yaml"
+        recipe = ROOT / "recipes" / "published" / name
     values |= {**settings} | ({"data.path": data} if data else {})
     return load_config(recipe, values)
 

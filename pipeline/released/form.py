@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Form:
 
     renamed: tuple[tuple[str, str], ...]
     """(start of today's module names, start of those of transformers 4.51, which files on the hub keep)"""
-    published: Mapping[str, str]
-    """Settings of the paper's run, as options of a recipe"""
+    recipes: str
+    """Start of the names of its published recipes"""
 
     def hub_name(self, name: str) -> str:
         """The name of a weight or module on the hub; one that is such a name stays."""
@@ -43,16 +43,8 @@ def _replace_start(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 FORMS = {
-    "qwen2_vl": Form(
-        renamed=(("model.visual.", "visual."), ("model.language_model.", "model.")),
-        published={
-            "latent.num_patches": "32",
-            "latent.latent_grad": "detach",
-            "latent.positions": "sequential",
-            "prompt.image_size": "280",
-            "prompt.max_tokens": "3400",
-        },
-    ),
+    "qwen2_vl": Form((("model.visual.", "visual."), ("model.language_model.", "model.")), "qwen2vl"),
+    "chameleon": Form((), "chameleon"),
 }
 """By name of the backbone."""
 

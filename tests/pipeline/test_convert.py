@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from pipeline import evaluate
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import collate
-from pipeline.config import ScratchConfig
+from pipeline.config import ROOT, ScratchConfig, load_config
 from pipeline.convert import main
 from pipeline.export import FILE, TOKEN_ROWS, ExportInfo, load_export
 from pipeline.latent.attention import ATTENTION_NAME
@@ -122,7 +122,7 @@ def latent_logits(model: torch.nn.Module, processor) -> Tensor:
     rows = [builder.row(make_example(**changes), "k", 0, 2, ["It is green."]) for changes in BATCH_ROWS]
     batch, backbone = collate(rows, processor.row_format, 2), Qwen2VL(model)
     with torch.no_grad():
-        latent = LatentConfig(num_patches=2, latent_grad="detach", positions="sequential")
+        latent = LatentConfig(num_patches=2, latent_grad="detach", positions="sequential", patch_order="score")
         return backbone.logits(
             latent_forward(backbone, batch, LatentMethod.of(latent, backbone)).predictors(batch.latents)
         )
@@ -135,7 +135,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 def logits_of(export: Path) -> Tensor:
     loaded = load_export(export, torch.float32)
-    assert loaded.info.latent == LatentConfig(num_patches=2, latent_grad="detach", positions="sequential")
+    assert loaded.info.latent == LatentConfig(
+        num_patches=2, latent_grad="detach", positions="sequential", patch_order="score"
+    )
     return latent_logits(loaded.model.backbone.vlm, loaded.processor)
 
 
@@ -211,8 +213,9 @@ def test_published_settings(untied, tmp_path, data):
     weights = untied.write(tmp_path / "f.pth")
     run("--from", "released", "--weights", weights, "--base", untied.base, "--out", out, "--benchmark", "scienceqa")
     info = ExportInfo.read(out)
-    assert info.latent == LatentConfig(num_patches=32, latent_grad="detach", positions="sequential")
-    assert info.prompt == PromptConfig(answer="index", image_size=280, max_tokens=3400)
+    published = load_config(ROOT / "recipes" / "published" / "qwen2vl_scienceqa.yaml", {})
+    assert info.latent == published.latent and info.prompt == published.prompt
+    assert (info.latent.num_patches, info.latent.patch_order, info.prompt.answer) == (32, "score", "index")
     assert (info.latents, info.stage, info.groups) == (3, 3, 3)
     evaluate.main(model=out, data=data, limit=2, timed=0, max_new_tokens=3)
     (report,) = read_reports(out / "evaluation" / "test")
