@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep import cli
 from data_prep.errors import UserError
-from pipeline import evaluate
+from pipeline import evaluate, reproduce
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import collate
 from pipeline.config import ROOT, ScratchConfig, load_config
@@ -33,6 +33,9 @@ from pipeline.released import exporting
 from pipeline.report import read_reports
 from tests.pipeline.examples import make_example
 from tests.pipeline.tiny import spread
+
+PUBLISHED = LatentConfig(num_patches=2, latent_grad="detach", positions="sequential", patch_order="score")
+"""What these exports record, at K = 2"""
 
 ADDED = ["<|start-latent|>", "<|end-latent|>", "<|latent|>"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -122,10 +125,8 @@ def latent_logits(model: torch.nn.Module, processor) -> Tensor:
     rows = [builder.row(make_example(**changes), "k", 0, 2, ["It is green."]) for changes in BATCH_ROWS]
     batch, backbone = collate(rows, processor.row_format, 2), Qwen2VL(model)
     with torch.no_grad():
-        latent = LatentConfig(num_patches=2, latent_grad="detach", positions="sequential", patch_order="score")
-        return backbone.logits(
-            latent_forward(backbone, batch, LatentMethod.of(latent, backbone)).predictors(batch.latents)
-        )
+        trace = latent_forward(backbone, batch, LatentMethod.of(PUBLISHED, backbone))
+        return backbone.logits(trace.predictors(batch.latents))
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -135,9 +136,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 def logits_of(export: Path) -> Tensor:
     loaded = load_export(export, torch.float32)
-    assert loaded.info.latent == LatentConfig(
-        num_patches=2, latent_grad="detach", positions="sequential", patch_order="score"
-    )
+    assert loaded.info.latent == PUBLISHED
     return latent_logits(loaded.model.backbone.vlm, loaded.processor)
 
 
@@ -220,6 +219,24 @@ def test_published_settings(untied, tmp_path, data):
     evaluate.main(model=out, data=data, limit=2, timed=0, max_new_tokens=3)
     (report,) = read_reports(out / "evaluation" / "test")
     assert report.name == "latent" and report.questions == 2 and 4 <= report.autoregressive_steps <= 6
+
+
+def test_reproduced_from_a_released_file(untied, tmp_path, data, capsys):
+    """By the one command: converted, answered, scored three ways beside the paper's figures."""
+    settings = {
+        "model.path": untied.base, "data.path": data, "prompt.image_size": 84, "latent.num_patches": 2, "limit": 2,
+        "eval.max_new_tokens": 3, "out": tmp_path / "out", "weights": untied.write(tmp_path / "f.pth"),
+    }  # fmt: skip
+    words = {name: str(value) for name, value in settings.items()}
+    words |= {"recipe": "published/qwen2vl_m3cot", "from": "released"}
+    reproduce.main(**words)
+    said = capsys.readouterr().out
+    assert "71.8%" in said and "asked as released" in said
+    judges = [line.split()[1] for line in said.splitlines() if line.startswith("here, ")]
+    assert judges == ["released", "strict", "official"]
+    assert ExportInfo.read(tmp_path / "out" / "released").latent == PUBLISHED
+    reproduce.main(**words)
+    assert "is there; remove it to convert" in capsys.readouterr().out
 
 
 def test_settings_of_a_recipe(untied, tmp_path):
