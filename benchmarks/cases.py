@@ -19,7 +19,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.attention import ATTENTION_NAME, KeptSegments
-from pipeline.latent.forward import LatentConfig, LatentForward, LatentMethod, Trace
+from pipeline.latent.forward import LatentForward, Trace
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Wanted, choose_schedule, latent_forward
 from pipeline.loss import token_nll

@@ -29,7 +29,7 @@ from data_prep.errors import UserError
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 
 NO_EOS = 10**6
 """No token: every answer has its full length."""

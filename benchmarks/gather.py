@@ -24,7 +24,7 @@ from data_prep.files import write_atomic
 from pipeline import distributed
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.distributed import World
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.method import LatentConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced")

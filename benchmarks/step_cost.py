@@ -37,7 +37,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Batch
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.method import LatentConfig
 
 VARIANTS = {
     "plain": {"checkpointing": False, "lora": False},

@@ -18,7 +18,7 @@ from data_prep.cli import unknown_options
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.curriculum import CurriculumConfig
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.method import LatentConfig
 from pipeline.prompt import PromptConfig
 from pipeline.registry import load_plugin
 from pipeline.user_files import read_yaml

@@ -24,7 +24,7 @@ from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.backbones.weights import incomplete
 from pipeline.config import LoraConfig, RunConfig, explain
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import LatentModel, embedding_weights, set_to_mean
 from pipeline.prepare import base_hash, data_folder, in_a_line
 from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder

@@ -12,7 +12,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.batch import Batch
 from pipeline.config import ModelConfig
 from pipeline.latent.decode import Decoding, Generation, generate
-from pipeline.latent.forward import Backbone, LatentConfig, LatentMethod
+from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 

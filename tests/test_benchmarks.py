@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.cases import make_batch, make_model
 from benchmarks.step_cost import VARIANTS, Bench, kept_bytes
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.method import LatentConfig
 from tests.launch import ROOT, environment
 
 

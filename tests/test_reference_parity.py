@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.batch import Row, RowFormat, collate
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.latent.select import select_patches
 from pipeline.loss import token_nll

@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments
-from pipeline.latent.forward import Backbone, LatentForward, LatentMethod, LatentStep, Replay
+from pipeline.latent.forward import LatentForward, Replay
+from pipeline.latent.method import Backbone, LatentMethod, LatentStep
 
 LOWEST_TEMPERATURE = 1e-6
 """Below it, logits divided by the temperature would leave fp32."""

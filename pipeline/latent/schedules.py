@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments, Pass
-from pipeline.latent.forward import Backbone, LatentForward, LatentMethod, Replay, Trace, last_real
+from pipeline.latent.forward import LatentForward, Replay, Trace, last_real
+from pipeline.latent.method import Backbone, LatentMethod
 from pipeline.latent.recompute import LayerTape
 
 Wanted = Literal["auto", "segmented", "prepass"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.batch import Row
-from pipeline.latent.forward import LatentConfig
+from pipeline.latent.method import LatentConfig
 from tests.pipeline.tiny import family_of
 
 Choice = Callable[[int], list[int]]

@@ -22,7 +22,7 @@ from pipeline.batch import Row, collate
 from pipeline.config import ScratchConfig, load_config
 from pipeline.engine import add_tokens
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import lora_scope

@@ -25,7 +25,7 @@ from pipeline.config import ROOT, ScratchConfig, load_config
 from pipeline.convert import main
 from pipeline.export import FILE, TOKEN_ROWS, ExportInfo, load_export
 from pipeline.latent.attention import ATTENTION_NAME
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.prepare import base_hash
 from pipeline.prompt import PromptConfig, RowBuilder

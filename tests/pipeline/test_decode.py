@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from pipeline.batch import Row, collate, masked_row
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.latent.decode import CachedSegments, Decoding, Generation, Sampling, generate
-from pipeline.latent.forward import LatentConfig, LatentMethod
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import add_lora
 from tests.pipeline.naive import NaiveRow
 from tests.pipeline.tiny import EOS, FAMILIES, PAD, SLIDING, Shape, family_of, make_row, tiny_models

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.batch import Row, collate, masked_row
 from pipeline.latent.attention import ATTENTION_NAME
-from pipeline.latent.forward import LatentConfig, LatentMethod, Trace
+from pipeline.latent.forward import Trace
+from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.latent.select import select_patches

@@ -18,7 +18,7 @@ from pipeline import registry
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
 from pipeline.latent.decode import Decoding, generate
-from pipeline.latent.forward import Backbone, LatentConfig, LatentMethod
+from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.parts import FEEDBACKS, Reading
 from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, latent_forward
