@@ -20,6 +20,7 @@ from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
 from pipeline.export import Converted, ExportInfo
+from pipeline.latent.method import LatentMethod
 from pipeline.prepare import base_hash, check_base, data_folder
 from pipeline.released.back import to_released
 from pipeline.released.exporting import write_adapter, write_merged
@@ -79,6 +80,8 @@ def from_released(
     form = form_of(backbone, base)
     config = read_settings(recipe, benchmark, settings | {"model.backbone": backbone, "model.path": base}, data)
     check_base(config.model.model_copy(update={"path": str(folder)}), config.prompt)
+    if LatentMethod(config.latent, 1).state_dict():
+        raise UserError(f"latent.feedback {config.latent.feedback}: a released file has no parameters for it")
     stage = stage_of(config, stage)
     processor = BACKBONES[backbone].processor(folder, config.prompt)
     tokens = len(processor.tokenizer)

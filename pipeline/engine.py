@@ -68,15 +68,16 @@ def build_engine(
     )
     zero.update({name: residency(memory.resident, size.parameters)[name] for name in undecided})
     resident = stays_resident(zero, size.parameters)
-    schedule = choose_schedule(
+    torch.manual_seed(config.train.seed)  # the parts' parameters begin alike on all ranks
+    module = LatentModel(backbone, config.latent)
+    module.schedule = schedule = choose_schedule(
         model.schedule,
         latent_grad=config.latent.latent_grad,
         checkpointing=model.checkpointing,
         dropout=has_dropout(backbone.decoder),
+        drawn_parts=has_dropout(module.method),
         gathers=triangle.world > 1 and not resident,
     )
-    torch.manual_seed(config.train.seed)  # the parts' parameters begin alike on all ranks
-    module = LatentModel(backbone, config.latent, schedule)
     groups = decay_groups(module, o.weight_decay, o.decay_vectors)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)

@@ -231,7 +231,7 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
 
 def load_parts(folder: Path, method: LatentMethod) -> None:
     """Fill the parameters of the method's parts.  Raises UserError where the export has others."""
-    wanted = {name: parameter.shape for name, parameter in method.named_parameters()}
+    wanted = {name: value.shape for name, value in method.state_dict().items()}
     path = folder / PARTS
     try:
         found = load_file(path) if path.is_file() else {}

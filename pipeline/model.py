@@ -26,7 +26,10 @@ class LatentModel(nn.Module):
         """backbone: one of `pipeline.backbones`, an nn.Module; schedule: how training runs the passes."""
         super().__init__()
         self.backbone, self.latent, self.schedule = backbone, latent, schedule
-        self.method = LatentMethod.of(latent, backbone)
+        # parts are trained beside the model's own weights: ZeRO-3 joins them, and they must be of one type
+        weights = list(backbone.vlm.parameters())
+        trained = next((weight for weight in weights if weight.requires_grad), weights[0])
+        self.method = LatentMethod.of(latent, backbone).to(trained.dtype)
 
     def forward(
         self, batch: Batch, answer: Decoding | None = None
@@ -44,7 +47,7 @@ class LatentModel(nn.Module):
         loss, sums = nll.sum(), trace.statistics(batch)
         if self.training:
             # a row's share of the loss is its labels', as that of its NLL: the sum then needs no other divisor
-            added = (self.method.auxiliary(trace, batch) * batch.label_mask.sum(1)).sum()
+            added = (self.method.added(trace, batch) * batch.label_mask.sum(1)).sum()
             loss = loss + self.latent.auxiliary_weight * added
             sums |= {"auxiliary": added.detach(), "labels": batch.label_mask.sum().float()}
         return loss, sums

@@ -23,7 +23,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import evaluate
 from pipeline.config import ROOT, RunConfig, load_config
-from pipeline.export import FILE
+from pipeline.export import FILE, ExportInfo
 from pipeline.judges import Benchmark, JudgeName
 from pipeline.prepare import data_folder, make_data
 from pipeline.report import Report, read_reports
@@ -104,6 +104,7 @@ def reproduce(
     else:
         assert run is not None
         export = evaluate.exports_of(run)[-1][1]
+    check_export(export, config)
     answers = out / "evaluation" / split
     say("answers", f"{export} on {split}, asked {'as released' if config.prompt.asked == 'released' else 'as trained'}")
     evaluate.main(
@@ -136,6 +137,20 @@ def benchmark_of(config: RunConfig) -> Benchmark:
     return source  # type: ignore[return-value]
 
 
+def check_export(export: Path, config: RunConfig) -> None:
+    """Raise UserError where a model is not the recipe's: its figures would stand beside the paper's."""
+    info = ExportInfo.read(export)
+    pairs = {
+        "model.backbone": (info.backbone, config.model.backbone),
+        "latent": (info.latent, config.latent),
+        "prompt": (info.prompt, config.prompt),
+    }
+    problems = [f"{export}: {name} is not the recipe's ({is_}; {wanted})"
+                for name, (is_, wanted) in pairs.items() if is_ != wanted]  # fmt: skip
+    if problems:
+        raise UserError(*problems)
+
+
 def train_run(recipe: Path, settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
     """All stages, as `deepspeed pipeline/train.py` trains them.  Raises UserError where that fails."""
     command = ["deepspeed", *(["--num_accelerators", str(ranks)] if ranks else []), str(ROOT / "pipeline" / "train.py")]
@@ -158,8 +173,10 @@ def convert_weights(recipe: Path, settings: Mapping[str, str], config: RunConfig
     if config.model.path is None:
         raise UserError("--from released needs model.path, the base model")
     say("weights", f"{weights} over {config.model.path}")
-    command = [sys.executable, "-m", "pipeline.convert", "--from", "released", "--weights", str(weights)]
-    command += ["--base", config.model.path, "--recipe", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "pipeline.convert", "--from", "released", "--weights", str(weights.resolve())]
+    base = Path(config.model.path)
+    command += ["--base", str(base.resolve() if base.is_dir() else base)]
+    command += ["--recipe", str(recipe.resolve()), "--out", str(out.resolve())]
     command += [f"--{name}={value}" for name, value in settings.items() if name != "model.path"]
     if status := subprocess.run(command, cwd=ROOT).returncode:
         raise UserError(f"the weights could not be converted (status {status})")

@@ -122,17 +122,17 @@ def test_an_idea_of_ones_own(data, idea, tmp_path) -> None:
     assert f"error: the settings, or the text of {idea}, are not those" in log
 
 
-@pytest.mark.parametrize("ds", ["zero2", "zero3"])
-def test_learned_parts_are_trained_and_exported(data, tmp_path, ds) -> None:
+@pytest.mark.parametrize(("ds", "dtype"), [("zero2", "fp32"), ("zero3", "bf16")])
+def test_learned_parts_are_trained_and_exported(data, tmp_path, ds, dtype) -> None:
     """Not used in stage 0, trained in stage 1, in the export with the values that answered."""
     out = tmp_path / "run"
-    train(out, data, "--latent.feedback", "pause", "--curriculum.stages", SHORT, ranks=2, ds=ds)
+    train(out, data, "--latent.feedback", "pause", "--curriculum.stages", SHORT, "--model.dtype", dtype, ranks=2, ds=ds)
     parts = [load_file(out / "export" / f"stage{stage}" / "latent_parts.safetensors") for stage in (0, 1)]
     assert parts[0].keys() == {"feedback.embedding"}
     moved = (parts[1]["feedback.embedding"] - parts[0]["feedback.embedding"]).abs().max()
     assert 1e-4 < moved < 0.1
     loaded = load_export(out / "export" / "stage1")
-    assert torch.equal(loaded.model.method.feedback.embedding.cpu(), parts[1]["feedback.embedding"])
+    assert torch.equal(loaded.model.method.feedback.embedding.cpu(), parts[1]["feedback.embedding"].float())
     sample = loaded.builder.prompt_row(open_split(data, "test").read(0), "0", 0, 2)
     batch = collate([sample], loaded.processor.row_format, 2)
     with torch.no_grad():

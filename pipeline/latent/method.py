@@ -6,18 +6,22 @@ Shapes: B rows, P question columns, K patches a step, W columns of feedback, D h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from pipeline.batch import Batch
 from pipeline.latent.attention import Pass
 from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Reading
 from pipeline.latent.select import SELECTIONS
 from pipeline.loss import LabelHead
 from pipeline.registry import Registry
+
+if TYPE_CHECKING:
+    from pipeline.latent.forward import Trace
 
 
 class LatentConfig(BaseModel):
@@ -89,9 +93,24 @@ class LatentMethod(nn.Module):
         vision = prompt_embeds[rows, step.columns]
         factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
         if factors is not None:
+            expect(factors, tuple(step.columns.shape), f"weighting {self.config.weighting}")
             vision = vision * factors[..., None].to(vision.dtype)
-        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds)).to(vision.dtype)
+        own = next(self.feedback.parameters(), vision).dtype
+        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own)).to(vision.dtype)
+        expect(text, (len(vision), self.feedback.width, vision.shape[-1]), f"feedback {self.config.feedback}")
         return torch.cat([vision, text], dim=1) * step.inserted[..., None].to(vision.dtype)
+
+    def added(self, trace: Trace, batch: Batch) -> Tensor:
+        """The auxiliary loss of each row, (B,)."""
+        loss = self.auxiliary(trace, batch)
+        expect(loss, (len(batch.latents),), f"auxiliary loss {self.config.auxiliary}")
+        return loss
+
+
+def expect(tensor: Tensor, shape: tuple[int, ...], part: str) -> None:
+    """Raise UserError where a part's result has another shape: torch would stretch it, or fail far from here."""
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"latent.{part} returned {tuple(tensor.shape)} in place of {shape}")
 
 
 class Backbone(Protocol):

@@ -56,6 +56,13 @@ class Reading:
         order = self.mask.long().argsort(dim=1, stable=True)[:, -count:]
         return self.hidden.gather(1, order[..., None].expand(-1, -1, self.tip.shape[-1])), self.mask.gather(1, order)
 
+    def to(self, dtype: torch.dtype) -> Reading:
+        """The same in the type of a part's own parameters; itself where that is no other."""
+        if dtype == self.tip.dtype:
+            return self
+        passes = tuple(hidden.to(dtype) for hidden in self.passes)
+        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype), passes=passes, tip=self.tip.to(dtype))
+
     def forget(self) -> Reading:
         """The same without hidden states, which would be held until backward."""
         return replace(self, passes=(), tip=self.tip[:0])

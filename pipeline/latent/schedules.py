@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments, Pass
 from pipeline.latent.forward import LatentForward, Replay, Trace, last_real
@@ -41,14 +42,21 @@ class Schedule:
         return f"{self.name}{whole} ({self.reason})"
 
 
-def choose_schedule(wanted: Wanted, *, latent_grad: str, checkpointing: bool, dropout: bool, gathers: bool) -> Schedule:
-    """The schedule of a run.
+def choose_schedule(
+    wanted: Wanted, *, latent_grad: str, checkpointing: bool, dropout: bool, gathers: bool, drawn_parts: bool = False
+) -> Schedule:
+    """The schedule of a run.  Raises UserError for `prepass` where the method's parts draw (`drawn_parts`).
 
-    gathers: whether every pass gathers the parameters anew (ZeRO-3 on several ranks, not kept between passes).
+    The other ways of execution run the parts of a step twice, and would draw twice.  gathers: whether every pass
+    gathers the parameters anew (ZeRO-3 on several ranks, not kept between passes).
     `prepass` with `bptt` is refused when the config is read.
     """
     if latent_grad == "bptt":
         return Schedule(reason="bptt has no other")
+    if drawn_parts:
+        if wanted == "prepass":
+            raise UserError("model.schedule prepass runs a latent step's parts twice, and one of them has dropout")
+        return Schedule(reason="a part of the method has dropout, and runs once")
     whole = checkpointing and not dropout
     if wanted == "prepass":
         return Schedule("prepass", reason="asked for")

@@ -51,7 +51,8 @@ def select_patches(
     """
     chosen = SELECTIONS[selection]
     if chosen.takes != "k":
-        num_patches = int(candidates.sum(1).max()) if chosen.takes == "all" else 0
+        # one column at least, masked where nothing is left: a step may have no other
+        num_patches = max(1, int(candidates.sum(1).max())) if chosen.takes == "all" else 0
     ranking = chosen.ranking(saliency, candidates, num_patches, row_ids, step)
     ranking = ranking.masked_fill(~candidates, float("-inf"))
     values, columns = ranking.sort(dim=1, descending=True, stable=True)

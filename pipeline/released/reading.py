@@ -105,6 +105,11 @@ def misfits(found: ReleasedFile, skeleton: Skeleton, wrapped: set[str], tokens: 
             wanted = (len(tensor), wanted[1])
         if wanted is not None and tuple(tensor.shape) != wanted:
             shapes.append(f"{name} {tuple(tensor.shape)} in place of {wanted}")
+    broken = [f"{module}.lora_{factor}" for module, pair in found.lora.items() for factor, tensor in pair.items()
+              if not is_factor(tensor) or len(skeleton.shapes.get(f"{module}.weight", (0, 0))) != 2]  # fmt: skip
+    if broken:
+        yield f"{some(broken)} no finite matrix of floats for a matrix"
+        return
     ranks = {module: _rows(pair["A"]) for module, pair in found.lora.items() if "A" in pair}
     for module, rank in ranks.items():
         out, into = skeleton.shapes.get(f"{module}.weight", (0, 0))[:2]
@@ -122,6 +127,13 @@ def misfits(found: ReleasedFile, skeleton: Skeleton, wrapped: set[str], tokens: 
         yield "embeddings and head have " + " and ".join(map(str, rows.values())) + " rows"
     elif rows and min(rows.values()) < tokens:
         yield f"its vocabulary has {min(rows.values())} rows, but the base's tokenizer has {tokens} tokens"
+
+
+def is_factor(tensor: Tensor) -> bool:
+    """Whether this can be an A or B of LoRA: a finite matrix of a float type that has values and a rank."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    plain = tensor.dtype in kinds and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.ndim == 2 and tensor.numel() > 0 and bool(tensor.isfinite().all())
 
 
 def _rows(tensor: Tensor) -> int:

@@ -414,7 +414,7 @@ LORA_A, LORA_B = (f"{WRAPPED}{Q_PROJ}.lora_{x}.default.weight" for x in "AB")
         (lambda s: s.update({LORA_A: torch.ones(3, 64), LORA_B: torch.ones(64, 3)}),
          f"{Q_PROJ} (3) is of another LoRA rank than the rest (4)"),
         (lambda s: s.update({LORA_B: torch.ones(63, 4)}), f"{Q_PROJ}.lora_B (63, 4) in place of (64, 4)"),
-        (lambda s: s.update({LORA_A: torch.ones(())}), f"{Q_PROJ}.lora_A () in place of (0, 64)"),
+        (lambda s: s.update({LORA_A: torch.ones(())}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
         (lambda s: s.update({WRAPPED + "lm_head.weight": torch.ones(100, 64)}), "embeddings and head have"),
         (lambda s: s.update({"embedding.weight": s["embedding.weight"] + 1}), "embedding.weight is not equal to"),
         (lambda s: [s.pop(n) for n in list(s) if "embed" in n or "head" in n],

@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline import registry
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
+from pipeline.export import PARTS as PARTS_FILE
+from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
-from pipeline.latent.parts import FEEDBACKS, Reading
+from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Auxiliary, Feedback, Reading, Weighting
 from pipeline.latent.recompute import enable_checkpointing
-from pipeline.latent.schedules import Schedule, latent_forward
+from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
 from pipeline.registry import Registry, load_plugin
@@ -160,6 +163,84 @@ def test_given_tokens(models: tuple[Backbone, nn.Module], way: tuple) -> None:
             naive = NaiveParts(stock, row, method)
             naive.append(naive.embed(torch.tensor(row.target_ids[:2])))
             assert answer == naive.answer(NEW, 10**6)
+
+
+@pytest.mark.parametrize("latents", [[2, 2, 2, 2], [1, 0, 0, 1]], ids=["all-taken", "first-and-last"])
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text-only"])
+def test_a_step_with_nothing_to_take(models: tuple[Backbone, nn.Module], images: bool, latents: list[int]) -> None:
+    """All image columns are taken already, or there are none, and nothing is fed back."""
+    backbone, stock = models
+    method = method_of(backbone, feedback="none", selection="all")
+    rows = [row if images else make_row(Shape([], 4, 3, row.latents), 9, stock) for row in rows_of(stock, latents)]
+    batch = collate(rows, family_of(stock).format, 2)
+    trace = latent_forward(backbone, batch, method)
+    nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+    expected = torch.cat([NaiveParts(stock, row, method).nll() for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    backbone.eval()
+    with torch.no_grad():
+        answers = generate(backbone, batch, method, Decoding(NEW, 10**6)).tokens
+        assert answers == [NaiveParts(stock, row, method).answer(NEW, 10**6) for row in rows]
+    backbone.train()
+
+
+class Projection(Feedback):
+    """A part with parameters, a buffer, and a type of its own."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.register_buffer("scale", torch.full((1,), 0.5))
+
+    def forward(self, reading: Reading) -> Tensor:
+        return self.linear(reading.tip)[:, None] * self.scale
+
+
+def test_a_part_with_parameters_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of the type of what is trained, its buffers are exported too, and it reads what another type computed."""
+    monkeypatch.setitem(FEEDBACKS._parts, "projection", Projection)
+    backbone, stock = tiny_models()
+    backbone.vlm.bfloat16()
+    model = LatentModel(backbone, LatentConfig(num_patches=2, feedback="projection"))
+    assert {value.dtype for value in model.method.state_dict().values()} == {torch.bfloat16}
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
+    assert model(batch)[0].isfinite()
+    model.method.float()  # as beside LoRA, which trains in fp32
+    assert model(batch)[0].isfinite()
+    save_file(model.method.state_dict(), tmp_path / PARTS_FILE)
+    other = method_of(backbone, feedback="projection")
+    load_parts(tmp_path, other)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.method.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "said"),
+    [
+        ({"feedback": "odd"}, lambda *_: torch.zeros(4, 64), r"latent.feedback odd returned \(4, 64\) in place of"),
+        ({"weighting": "odd"}, lambda s, c, f: torch.ones(4, 1), r"latent.weighting odd returned \(4, 1\) in place of"),
+        ({"auxiliary": "odd"}, lambda *_: torch.ones(4, 1), r"latent.auxiliary loss odd returned \(4, 1\) in place of"),
+    ],
+)
+def test_results_of_another_shape_are_refused(models, monkeypatch, options, part, said) -> None:
+    backbone, stock = models
+    kinds = {"feedback": (FEEDBACKS, Feedback), "auxiliary": (AUXILIARIES, Auxiliary)}
+    (kind,) = options
+    if kind == "weighting":
+        monkeypatch.setitem(WEIGHTINGS._parts, "odd", Weighting(part))
+    else:
+        parts, base = kinds[kind]
+        monkeypatch.setitem(parts._parts, "odd", type("Odd", (base,), {"forward": lambda self, *given: part(*given)}))
+    model = LatentModel(backbone, LatentConfig(num_patches=2, **options))
+    with pytest.raises(UserError, match=said):
+        model(collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3))
+
+
+def test_parts_that_draw_run_once() -> None:
+    way = {"latent_grad": "detach", "checkpointing": True, "dropout": False, "gathers": True, "drawn_parts": True}
+    chosen = choose_schedule("auto", **way)
+    assert chosen.name == "segmented" and not chosen.whole_layers
+    with pytest.raises(UserError, match="prepass runs a latent step's parts twice"):
+        choose_schedule("prepass", **way)
 
 
 def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Backbone, nn.Module]) -> None:
