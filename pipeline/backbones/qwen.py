@@ -6,6 +6,7 @@ Shapes: B rows, P question columns, L columns of a pass, T columns so far, D hid
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.config import ModelConfig, ScratchConfig
 
 
-class QwenVL(nn.Module):
+class QwenVL(nn.Module, ABC):
     """The model as the latent forward sees it: embed, decode a pass, project.  A family fills in the first block."""
 
     MODEL_TYPE: ClassVar[str]
@@ -37,9 +38,9 @@ class QwenVL(nn.Module):
     PROCESSOR: ClassVar[type[QwenProcessor]]
 
     @staticmethod
+    @abstractmethod
     def vision_config(scratch: ScratchConfig) -> dict[str, Any]:
         """The vision tower of a model from scratch."""
-        raise NotImplementedError
 
     TOKENIZER = "qwen"
     """Kind of tokenizer of a model from scratch, one of `data_prep.tokenizer`."""

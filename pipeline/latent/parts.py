@@ -11,6 +11,7 @@ Shapes: B rows, P question columns, T columns so far, K patches a step, D hidden
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ class Reading:
 
 
 # ---- feedback ---------------------------------------------------------------------------------------------------
-class Feedback(nn.Module):
+class Feedback(nn.Module, ABC):
     """What a step feeds back; may have parameters, which are trained, checkpointed and exported with the model."""
 
     width = 1
@@ -83,9 +84,9 @@ class Feedback(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, reading: Reading) -> Tensor:
         """Input embeddings (B,width,D) of the step's last columns."""
-        raise NotImplementedError
 
 
 FEEDBACKS: Registry[type[Feedback]] = Registry("feedback")
@@ -145,15 +146,15 @@ WEIGHTINGS.add("weighted")(Weighting(by_share, gradient=True))
 
 
 # ---- auxiliary loss ---------------------------------------------------------------------------------------------
-class Auxiliary(nn.Module):
+class Auxiliary(nn.Module, ABC):
     """What is added to the loss of a row; may have parameters, which are trained and checkpointed."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, trace: Trace, batch: Batch) -> Tensor:
         """(B,) fp32: a row's loss, to be added to its mean NLL a token times `latent.auxiliary_weight`."""
-        raise NotImplementedError
 
 
 AUXILIARIES: Registry[type[Auxiliary]] = Registry("auxiliary loss")

@@ -237,6 +237,8 @@ def test_reproduced_from_a_released_file(untied, tmp_path, data, capsys):
     assert ExportInfo.read(tmp_path / "out" / "released").latent == PUBLISHED
     reproduce.main(**words)
     assert "is there; remove it to convert" in capsys.readouterr().out
+    with pytest.raises(UserError, match="released: latent is not the recipe's"):  # of another K
+        reproduce.main(**words | {"latent.num_patches": "3"})
 
 
 def test_settings_of_a_recipe(untied, tmp_path):
@@ -415,6 +417,9 @@ LORA_A, LORA_B = (f"{WRAPPED}{Q_PROJ}.lora_{x}.default.weight" for x in "AB")
          f"{Q_PROJ} (3) is of another LoRA rank than the rest (4)"),
         (lambda s: s.update({LORA_B: torch.ones(63, 4)}), f"{Q_PROJ}.lora_B (63, 4) in place of (64, 4)"),
         (lambda s: s.update({LORA_A: torch.ones(())}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
+        (lambda s: s[LORA_A].fill_(float("nan")), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
+        (lambda s: s.update({LORA_A: s[LORA_A].int()}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
+        (lambda s: s.update({LORA_A: s[LORA_A][:0]}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
         (lambda s: s.update({WRAPPED + "lm_head.weight": torch.ones(100, 64)}), "embeddings and head have"),
         (lambda s: s.update({"embedding.weight": s["embedding.weight"] + 1}), "embedding.weight is not equal to"),
         (lambda s: [s.pop(n) for n in list(s) if "embed" in n or "head" in n],
