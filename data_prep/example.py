@@ -123,6 +123,17 @@ def content_hash(json_member: bytes, image_member: bytes) -> bytes:
     return hashlib.blake2b(json_member + image_member, digest_size=HASH_BYTES).digest()
 
 
+def question_hash(record: dict[str, Any], image_member: bytes) -> bytes:
+    """Digest of what is asked, whatever its id, rationale or answer: two Examples with equal ones are duplicates.
+
+    That is the question and the picture's bytes; without a picture also the context and the choices, because many
+    text-only questions share their wording ("Which of these is a complete sentence?").
+    """
+    rest = [] if image_member else [record["context"], record["choices"]]
+    asked = json.dumps([record["question"], *rest], ensure_ascii=False).encode()
+    return hashlib.blake2b(asked + image_member, digest_size=HASH_BYTES).digest()
+
+
 def image_extension(image: bytes) -> str:
     """One of `IMAGE_EXTENSIONS`, by the leading bytes.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -303,6 +304,7 @@ def write_shard(table: Source, shard: Shard) -> Written:
             "bytes": temporary.stat().st_size,
             "sha256": sha256(temporary),
             "samples": len(written.ids),
+            "index_sha256": hashlib.sha256(written.records.tobytes()).hexdigest(),
         }
     return written
 

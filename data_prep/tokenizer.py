@@ -21,7 +21,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import write_atomic
-from data_prep.index import BadSample, open_split
+from data_prep.reader import BadSample, open_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

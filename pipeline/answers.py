@@ -25,7 +25,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import parse_json
-from data_prep.index import BadSample, open_split
+from data_prep.reader import BadSample, open_split
 from pipeline.judges import Style
 from pipeline.prompt import LETTERS
 

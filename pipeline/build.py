@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.index import ShardIndex
+from data_prep.reader import ShardIndex
 from pipeline import distributed, prepare
 from pipeline.backbones import BACKBONES
 from pipeline.checkpoint import Checkpoint

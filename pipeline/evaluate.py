@@ -24,7 +24,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import write_atomic
-from data_prep.index import BadSample, ShardIndex, open_split
+from data_prep.reader import BadSample, ShardIndex, open_split
 from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.judges import strict_choice

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import UserError
-from data_prep.index import BadSample, ShardIndex
+from data_prep.reader import BadSample, ShardIndex
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
 from pipeline.order import EMPTY, EpochOrder, rank_share

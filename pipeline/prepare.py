@@ -29,7 +29,8 @@ from transformers.utils import (
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from data_prep.index import ShardIndex, open_split, read_manifest
+from data_prep.index import read_manifest
+from data_prep.reader import ShardIndex, open_split
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig

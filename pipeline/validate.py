@@ -8,7 +8,7 @@ import deepspeed
 import torch
 
 from data_prep.example import Example
-from data_prep.index import ShardIndex
+from data_prep.reader import ShardIndex
 from pipeline.batch import Batch, collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
-from data_prep.index import open_split
+from data_prep.reader import open_split
 from pipeline.evaluate import open_data
 from pipeline.export import ExportInfo, load_export
 from tests import launch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_prep.index import open_split
+from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
 from pipeline.batch import collate
 from pipeline.config import load_config

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
-from data_prep.index import open_split
+from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
 from pipeline.batch import collate
 from pipeline.checkpoint import Checkpoints
@@ -463,7 +463,7 @@ def test_corrupt_image_is_skipped_by_name(data, tmp_path):
     shutil.copytree(data, broken)
     index = open_split(broken, "train")
     record = index.records[7]
-    with open(broken / index.shards[0], "r+b") as tar:
+    with open(broken / index.shards[0]["name"], "r+b") as tar:
         tar.seek(int(record["image_offset"]) + 40)
         tar.write(b"garbage")
     log = train(tmp_path / "run", broken, "--stages", "0", "--curriculum.stages", "[{latents: 0, skip: 0, epochs: 1}]")

@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 
 from data_prep.example import Example
+from data_prep.shard import build
 
 datasets = pytest.importorskip("datasets")
+
+
+TRAILS = {"train": 25, "val": 5, "test": 4}
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:
@@ -92,3 +96,9 @@ def scienceqa_folder(tmp_path: Path) -> Path:
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps({"train": ["1", "2", "3"], "val": ["4"], "test": ["5"]}))
     return folder
+
+
+@pytest.fixture
+def trails(tmp_path: Path) -> Path:
+    build("trails", tmp_path / "trails", options=TRAILS, samples_per_shard=10)
+    return tmp_path / "trails"

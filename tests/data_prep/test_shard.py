@@ -1,41 +1,31 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
 from data_prep import cli, shard
 from data_prep.errors import UserError
-from data_prep.index import RECORD, BadSample, open_split, read_manifest, write_manifest
+from data_prep.index import read_manifest
+from data_prep.reader import open_split
 from data_prep.shard import build
-from data_prep.sources import open_source, source_options
-from data_prep.steps import split_steps
-from tests.data_prep.conftest import m3cot_row, write_parquet
-
-TRAILS = {"train": 25, "val": 5, "test": 4}
+from data_prep.sources import source_options
+from tests.data_prep.conftest import TRAILS, m3cot_row, write_parquet
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def trails(tmp_path: Path) -> Path:
-    build("trails", tmp_path / "trails", options=TRAILS, samples_per_shard=10)
-    return tmp_path / "trails"
 
 
 def test_files_do_not_depend_on_workers_or_reruns(trails: Path, tmp_path: Path) -> None:
@@ -54,31 +44,6 @@ def test_a_source_without_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trails: it has no rows"):
         build("trails", tmp_path / "out", options={"train": 0, "val": 0, "test": 0})
     assert not (tmp_path / "out").exists()
-
-
-def test_index_reads_equal_examples(trails: Path) -> None:
-    source = open_source("trails", options=TRAILS)
-    for split, count in TRAILS.items():
-        index = open_split(trails, split)
-        assert len(index) == count
-        for row in range(count):
-            example = source.example(split, row)
-            assert index.read(row) == example
-            assert index.key(row) == f"{row:09d}"
-            record = index.records[row]
-            assert record["hash"].tobytes() == example.content_hash()
-            assert record["steps"] == len(split_steps(example.rationale))
-            assert (record["width"], record["height"]) == (112, 112)
-    assert RECORD.itemsize < 100
-
-
-def test_index_crosses_processes(trails: Path) -> None:
-    index = open_split(trails, "train")
-    index.read(0)
-    copy = pickle.loads(pickle.dumps(index))
-    assert copy.read(24) == index.read(24)
-    assert (copy.index_hash, copy.manifest_hash) == (index.index_hash, index.manifest_hash)
-    assert len(pickle.dumps(index)) < 2000  # the index stays on disk
 
 
 def test_plain_webdataset_reads_the_tars(trails: Path) -> None:
@@ -301,81 +266,6 @@ def test_a_killed_worker(running: subprocess.Popen[str], tmp_path: Path) -> None
     assert status == 2 and len(said) == 1
     assert said[0].startswith("error: a worker process was ended from outside")
     assert not list((tmp_path / "out").glob("*.tmp"))
-
-
-def damage(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    (folder / name).write_bytes(change((folder / name).read_bytes()))
-
-
-def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest as one who also writes a fitting hash would."""
-    manifest = read_manifest(folder)
-    change(manifest["splits"]["train"])
-    write_manifest(folder, manifest)
-
-
-def rewrite_index(folder: Path) -> None:
-    from data_prep.files import sha256
-
-    records = np.load(folder / "train.index.npy")
-    records["image_offset"][3] = 2**40
-    np.save(folder / "train.index.npy", records)
-    edit_manifest(folder, lambda part: part["index"].update(sha256=sha256(folder / "train.index.npy")))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
-        (lambda f: damage(f, "manifest.json", lambda b: b[:-20]), "cannot be read"),
-        (lambda f: damage(f, "manifest.json", lambda b: b"[" * 100_000), "cannot be read"),
-        (shutil.rmtree, "is not there"),
-        (
-            lambda f: damage(f, "manifest.json", lambda b: b.replace(b'"seed": "0"', b'"seed": "1"')),
-            "was changed",
-        ),
-        (
-            lambda f: damage(f, "manifest.json", lambda b: b.replace(b'"format": 1', b'"format": 9')),
-            "not of format 1",
-        ),
-        (lambda f: damage(f, "train.index.npy", lambda b: b[:-1] + b"x"), "its hash differs"),
-        (lambda f: (f / "train.index.npy").unlink(), "is missing"),
-        (lambda f: damage(f, "train-000001.tar", lambda b: b[:-512]), "bytes, not"),
-        (lambda f: (f / "train-000002.tar").unlink(), "is missing"),
-        (lambda f: edit_manifest(f, lambda part: part.update(samples=24)), "does not hold 24"),
-        (lambda f: edit_manifest(f, lambda part: part["shards"].pop()), "points outside"),
-        (
-            lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="../x.tar")),
-            "no file of this folder",
-        ),
-        (rewrite_index, "points outside"),
-    ],
-)
-def test_disagreeing_files_are_refused(trails: Path, spoil: Callable[[Path], Any], told: str) -> None:
-    spoil(trails)
-    with pytest.raises(UserError, match=told) as caught:
-        open_split(trails, "train")
-    assert len(caught.value.lines) == 1
-    assert "python -m data_prep.shard" in str(caught.value)
-
-
-def test_missing_split(tmp_path: Path) -> None:
-    build("trails", tmp_path, options=TRAILS | {"val": 0})
-    with pytest.raises(UserError, match="no split val; it has test, train"):
-        open_split(tmp_path, "val")
-
-
-def test_changed_bytes_are_noticed_on_reading(trails: Path) -> None:
-    index = open_split(trails, "train")
-    offset = int(index.records[12]["image_offset"]) + 100
-    damage(trails, "train-000001.tar", lambda b: b[:offset] + bytes([b[offset] ^ 1]) + b[offset + 1 :])
-    index.read(11)
-    with pytest.raises(BadSample, match="000000012: its bytes in train-000001.tar are not those") as caught:
-        index.read(12)
-    assert pickle.loads(pickle.dumps(caught.value)).key == "000000012"
-    (trails / "train-000002.tar").unlink()
-    with pytest.raises(BadSample, match="000000020: train-000002.tar cannot be read"):
-        index.read(20)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.index import ShardIndex, open_split
+from data_prep.reader import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
@@ -61,7 +61,7 @@ def broken(folder: Path, tmp_path: Path) -> ShardIndex:
     shutil.copytree(folder, tmp_path / "broken")
     index = open_split(tmp_path / "broken", "train")
     record = index.records[9]
-    with open(index.folder / index.shards[record["shard"]], "r+b") as tar:
+    with open(index.storage.local(index.shards[record["shard"]]["name"]), "r+b") as tar:
         tar.seek(int(record["json_offset"]) + 20)
         old = tar.read(1)
         tar.seek(-1, 1)

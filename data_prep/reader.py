@@ -1,0 +1,159 @@
+"""Any sample of a shard folder (`data_prep.index`) by position, from any process, checked as far as it is read.
+
+Opening looks at the manifest and at the files' sizes, so it takes no longer for a large folder. A shard's part of the
+index is checked when a process first needs it, a sample's bytes each time that they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.example import Example, InvalidExample, content_hash
+from data_prep.index import RECORD, REMAKE, SplitEntry, read_manifest
+from data_prep.storage import Storage, open_storage
+
+
+class BadSample(Exception):
+    """A sample that cannot be used, by the key that names it in its tar."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it crosses process borders
+        return BadSample, (self.key, self.reason)
+
+
+class ShardIndex:
+    """The samples of a split by position; made by `open_split`. May be pickled, forked, shared by threads."""
+
+    def __init__(self, storage: Storage, split: str, manifest_hash: str, part: SplitEntry) -> None:
+        self.storage, self.split = storage, split
+        self.manifest_hash = manifest_hash
+        """Hash of the folder's manifest."""
+        self.index_hash = part["index"]["sha256"]
+        """Hash of the index: equal for equal samples in equal order."""
+        self.shards = part["shards"]
+        """The manifest's entries of the tars."""
+        self.shard_sizes = [shard["samples"] for shard in self.shards]
+        """Samples of each tar."""
+        self._starts = np.cumsum([0, *self.shard_sizes])
+        self._index = part["index"]["name"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is mapped and checked stays behind: every process does both for itself.
+        return {name: value for name, value in vars(self).items() if name not in ("records", "_checked")}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def records(self) -> np.ndarray:
+        """(samples,) of `RECORD`, mapped from the file, unchecked.  Raises UserError where it does not fit."""
+        path = self.storage.local(self._index)
+        try:
+            records = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.storage.describe(self._index)} cannot be read ({error}); {REMAKE}") from None
+        if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.shape != (len(self),):
+            told = f"{self.storage.describe(self._index)} does not hold {len(self)} index records"
+            raise UserError(f"{told}; {REMAKE}")
+        return records
+
+    @functools.cached_property
+    def _checked(self) -> dict[int, str]:
+        """By shard: what is wrong with its part of the index, empty for nothing."""
+        return {}
+
+    def shard_of(self, position: int) -> int:
+        """The shard that a sample is in."""
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
+
+    def key(self, position: int) -> str:
+        """The name of a sample in its tar."""
+        return str(self.records[position]["key"].decode(errors="replace"))
+
+    def read(self, position: int) -> Example:
+        """The Example at a position.
+
+        Raises:
+            BadSample: its part of the index is damaged, or its tar cannot be read or holds other bytes than the index
+            was made from.
+        """
+        shard, record, key = self.shard_of(position), self.records[position], self.key(position)
+        name = self.shards[shard]["name"]
+        if problem := self._problem(shard):
+            raise BadSample(f"{name}[{position - int(self._starts[shard])}]", problem)
+        try:
+            json_member = self.storage.read_at(name, int(record["json_offset"]), int(record["json_size"]))
+            image_member = self.storage.read_at(name, int(record["image_offset"]), int(record["image_size"]))
+        except OSError as error:
+            raise BadSample(key, f"{name} cannot be read: {error.strerror or error}") from error
+        if content_hash(json_member, image_member) != record["hash"].tobytes():
+            raise BadSample(key, f"its bytes in {name} are not those that were written")
+        try:
+            return Example.from_record(json.loads(json_member), image_member if record["extension"] else None)
+        except (ValueError, TypeError, RecursionError) as error:  # InvalidExample is a ValueError
+            reason = str(error) if isinstance(error, InvalidExample) else f"not an Example: {error}"
+            raise BadSample(key, reason) from error
+
+    def _problem(self, shard: int) -> str:
+        if shard not in self._checked:
+            self._checked[shard] = self.problem_of_shard(shard)
+        return self._checked[shard]
+
+    def problem_of_shard(self, shard: int) -> str:
+        """What is wrong with a shard's part of the index: it is not as written, or points outside; else empty."""
+        entry = self.shards[shard]
+        part = self.records[self._starts[shard] : self._starts[shard + 1]]
+        if hashlib.sha256(part.tobytes()).hexdigest() != entry["index_sha256"]:
+            return f"the index of {entry['name']} is not the one that was written"
+        size = np.uint64(entry["bytes"])
+        inside = bool(np.all(part["shard"] == shard))
+        for member in ("json", "image"):
+            offsets, sizes = part[f"{member}_offset"], part[f"{member}_size"]
+            inside = inside and bool(np.all((sizes <= size) & (offsets <= size - np.minimum(sizes, size))))
+        return "" if inside else f"the index points outside {entry['name']}"
+
+
+def open_split(folder: Path | str, split: str) -> ShardIndex:
+    """Open one split of a shard folder after checking that its files are there and of the right size.
+
+    Raises:
+        UserError: something disagrees; the line says what, and what to do.
+    """
+    storage = open_storage(folder)
+    manifest = read_manifest(folder)
+    if split not in manifest["splits"]:
+        raise UserError(f"{folder} has no split {split}; it has {', '.join(sorted(manifest['splits']))}")
+    part: SplitEntry = manifest["splits"][split]
+    if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:
+        raise UserError(f"{storage.describe('manifest.json')}: the shards of {split} do not add up; {REMAKE}")
+    for name in (part["index"]["name"], *(shard["name"] for shard in part["shards"])):
+        if name != Path(name).name or name in ("", ".", ".."):
+            told = f"{storage.describe('manifest.json')} names {name}, which is no file of this folder"
+            raise UserError(f"{told}; {REMAKE}")
+    for shard in part["shards"]:
+        size = _size(storage, shard["name"])
+        if size != shard["bytes"]:
+            raise UserError(f"{storage.describe(shard['name'])} has {size} bytes, not {shard['bytes']}; {REMAKE}")
+    _size(storage, part["index"]["name"])
+    index = ShardIndex(storage, split, manifest["hash"], part)
+    _ = index.records  # its shape is checked
+    return index
+
+
+def _size(storage: Storage, name: str) -> int:
+    try:
+        return storage.size(name)
+    except FileNotFoundError:
+        raise UserError(f"{storage.describe(name)} is missing; {REMAKE}") from None
+    except OSError as error:
+        raise UserError(f"{storage.describe(name)} cannot be read ({error.strerror or error}); {REMAKE}") from None
