@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import data
 from benchmarks.cases import make_batch, make_model
 from benchmarks.step_cost import VARIANTS, Bench, kept_bytes
 from pipeline.latent.method import LatentConfig
@@ -83,3 +84,20 @@ def test_wrong_options(options: list[str], message: str) -> None:
     command = [sys.executable, "-m", "benchmarks.step_cost", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both readers give every sample; the index's bytes a sample are its record's and little more."""
+    monkeypatch.setattr(data, "PLACES", (50,))  # each place is a process of its own
+    data.main(pairs=3, samples=40, large=50_000, workers="1", json=tmp_path / "data.json")
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert found["samples_per_second"].keys() == {"ours_w1", "webdataset_w1"}
+    assert found["resume_seconds"].keys() == {"50"}
+    low, high = found["ratio_interval"]["w1"]
+    assert 0 < low <= high
+    folder = data.make_photographs(tmp_path / "photographs", 40)
+    batches = [sorted(question for batch in read(folder, 1) for question, _ in batch) for read in READERS]
+    assert batches[0] == batches[1] and len(batches[0]) == 40
+
+
+READERS = (data.ours, data.webdataset)
