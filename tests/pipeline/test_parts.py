@@ -15,20 +15,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from data_prep.files import sha256
 from pipeline import registry
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
+from pipeline.curriculum import COUNTS
 from pipeline.export import PARTS as PARTS_FILE
 from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
-from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Auxiliary, Feedback, Reading, Weighting
+from pipeline.latent.parts import (
+    AUXILIARIES,
+    FEEDBACKS,
+    WEIGHTINGS,
+    Auxiliary,
+    Feedback,
+    HiddenState,
+    Reading,
+    Weighting,
+)
 from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
 from pipeline.registry import Registry, load_plugin
-from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass
+from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass, last_layers
 from tests.pipeline.tiny import Shape, family_of, make_row, tiny_models
 
 SCHEDULES = {
@@ -218,7 +229,12 @@ def test_a_part_with_parameters_in_bf16(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ({"feedback": "odd"}, lambda *_: torch.zeros(4, 64), r"latent.feedback odd returned \(4, 64\) in place of"),
         ({"weighting": "odd"}, lambda s, c, f: torch.ones(4, 1), r"latent.weighting odd returned \(4, 1\) in place of"),
-        ({"auxiliary": "odd"}, lambda *_: torch.ones(4, 1), r"latent.auxiliary loss odd returned \(4, 1\) in place of"),
+        (
+            {"feedback": "odd"},
+            lambda *_: None,
+            r"latent.feedback odd returned None \(NoneType\) in place of a real ten",
+        ),
+        ({"auxiliary": "odd"}, lambda *_: torch.ones(4, 1), r"latent.auxiliary odd returned \(4, 1\) in place of"),
     ],
 )
 def test_results_of_another_shape_are_refused(models, monkeypatch, options, part, said) -> None:
@@ -278,6 +294,66 @@ def test_norm_loss(models: tuple[Backbone, nn.Module]) -> None:
     assert float(difference) == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
+class MeanOfLayers(Feedback):
+    read_layers = 2
+
+    def forward(self, reading: Reading) -> Tensor:
+        assert reading.layers is not None and reading.layers.shape[1] == 2
+        assert reading.first == (len(reading.passes) == 1)
+        return reading.layers.mean(1, keepdim=True)
+
+
+class NaiveLayers(NaiveRow):
+    """The definition with the mean of the last two layers' hidden states in place of h."""
+
+    def append(self, embeds: Tensor) -> None:
+        if len(self.steps) > getattr(self, "taken", 0):
+            self.taken = len(self.steps)
+            mean = last_layers(self.vlm, self.embeds, self.positions, 2).mean(0)
+            embeds = torch.cat([embeds[:-1], (mean.detach() if self.config.latent_grad == "detach" else mean)[None]])
+        super().append(embeds)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join([way[0], way[1], "checkpointed" if way[2] else "plain"]))
+def test_hidden_states_of_layers(models: tuple[Backbone, nn.Module], monkeypatch, way: tuple) -> None:
+    """Loss, every gradient and answers equal the definition's."""
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", MeanOfLayers)
+    backbone, stock = models
+    method = method_of(backbone, latent_grad=way[0], feedback="layers")
+    rows = rows_of(stock, [2, 0, 3, 1])
+    batch = collate(rows, family_of(stock).format, 3)
+    with checkpointed(backbone, way[2]):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([backbone.core], nll.mean())
+    expected = torch.cat([NaiveLayers(stock, row, method.config).nll() for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    for found, gradient in zip(ours, gradients([stock], expected.mean()), strict=True):
+        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7
+    backbone.eval()
+    with torch.no_grad():
+        answers = generate(backbone, batch, method, Decoding(NEW, 10**6)).tokens
+        assert answers == [NaiveLayers(stock, row, method.config).answer(NEW, 10**6) for row in rows]
+    backbone.train()
+
+
+def test_layers_cost_nothing_unless_asked_for(models: tuple[Backbone, nn.Module], monkeypatch) -> None:
+    """The last of them is h; True reads all; more than the model has are refused; others get none."""
+    backbone, stock = models
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
+    reading = latent_forward(backbone, batch, method_of(backbone)).steps[2].reading
+    assert reading.layers is None
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", type("All", (HiddenState,), {"read_layers": True}))
+    reading = latent_forward(backbone, batch, method_of(backbone, feedback="layers")).steps[2].reading
+    assert reading.layers is not None and reading.layers.shape == (4, 3, 64)
+    assert torch.equal(reading.layers[:, -1], reading.tip)
+    assert reading.to(torch.bfloat16).layers.dtype == torch.bfloat16 and reading.forget().layers is None
+    assert reading.layers.requires_grad and not reading.detach().layers.requires_grad
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", type("Four", (HiddenState,), {"read_layers": 4}))
+    with pytest.raises(UserError, match=r"latent.feedback layers reads 4 layers \(read_layers\), the model has 3"):
+        method_of(backbone, feedback="layers")
+
+
 def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
     """The newest real columns of each row, across passes and past masked ones."""
     backbone, stock = models
@@ -298,7 +374,7 @@ def test_names_are_checked() -> None:
         ValidationError, match=r"no feedback is called hiden; did you mean hidden\? \(hidden, pause, none"
     ):
         LatentConfig(feedback="hiden")
-    things: Registry[int] = Registry("thing")
+    things: Registry[int] = Registry("thing", lambda part: None)
     things.add("one")(1)
     assert things["one"] == 1
     with pytest.raises(UserError, match="a thing called one exists already"):
@@ -319,7 +395,7 @@ class MeanOfFour(Feedback):
 
 def test_a_plugin_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command line or a recipe, and before its names are checked."""
-    monkeypatch.setattr(registry, "_loaded", set())
+    monkeypatch.setattr(registry, "_loaded", {})
     for number, way in enumerate(("recipe", "option")):
         name, file = f"mean_{way}", tmp_path / f"idea{number}.py"
         file.write_text(MEAN.format(name=name))
@@ -361,13 +437,134 @@ def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_pa
             "a feedback called pause exists already",
         ),
         (None, "there is no such file"),
+        ("import sys\nsys.exit(3)\n", r"bad.py, line 2: SystemExit: 3$"),
+        ("x = 1\x00\n", r"bad.py: (SyntaxError|ValueError): source code string cannot contain null bytes"),
+        ("x = 1\n", r"bad.py registers no part of the method"),
+        ("FEEDBACKS.add('w')(3)", r"bad.py, line 4: feedback w: expected a class over Feedback, got 3 \(int\)"),
+        ("FEEDBACKS.add('w')(Weighting)", r"feedback w: expected a class over Feedback, got the class Weighting"),
+        ("FEEDBACKS.add(Pause)", r"line 4: a feedback needs a name: add\(\"name\"\), not add\(the class Pause\)"),
+        ("FEEDBACKS.add('w')(type('W', (Feedback,), {}))", r"feedback w: the class W does not define forward"),
+        (
+            "FEEDBACKS.add('w')(type('W', (Pause,), {'width': '2'}))",
+            r"feedback w: W.width is '2' \(str\), expected a wh",
+        ),
+        ("FEEDBACKS.add('w')(type('W', (Pause,), {'width': -1}))", r"feedback w: W.width is -1 \(int\)"),
+        (
+            "FEEDBACKS.add('w')(type('W', (Pause,), {'read_layers': 'all'}))",
+            r"feedback w: W.read_layers is 'all' \(str\)",
+        ),
+        (
+            "FEEDBACKS.add('w')(type('W', (Pause,), {'__init__': lambda self: None}))",
+            r"feedback w: W.__init__ takes \(\), expected \(hidden_size\)",
+        ),
+        (
+            "FEEDBACKS.add('w')(type('W', (Pause,), {'forward': lambda self, a, b: a}))",
+            r"feedback w: W.forward takes \(self, a, b\), expected \(self, reading\)",
+        ),
+        ("AUXILIARIES.add('w')(Pause)", r"auxiliary loss w: expected a class over Auxiliary, got the class Pause"),
+        (
+            "AUXILIARIES.add('w')(type('W', (NoLoss,), {'forward': lambda self, trace: 0}))",
+            r"auxiliary loss w: W.forward takes \(self, trace\), expected \(self, trace, batch\)",
+        ),
+        ("WEIGHTINGS.add('w')(lambda s, c, f: s)", r"weighting w: expected Weighting\(function\), got a function"),
+        (
+            "WEIGHTINGS.add('w')(Weighting(lambda s: s))",
+            r"weighting w: its function takes \(s\), expected \(saliency, co",
+        ),
+        ("WEIGHTINGS.add('w')(Weighting(by_share, 'yes'))", r"weighting w: gradient is 'yes' \(str\)"),
+        ("SELECTIONS.add('w')(lambda *_: None)", r"selection w: expected Selection\(ranking\), got a function"),
+        (
+            "SELECTIONS.add('w')(Selection(lambda s: s))",
+            r"selection w: its ranking takes \(s\), expected \(saliency, cand",
+        ),
+        (
+            "SELECTIONS.add('w')(Selection(None))",
+            r"selection w: its ranking is None \(NoneType\), expected a function of",
+        ),
+        (
+            "SELECTIONS.add('w')(Selection(lambda *_: 0, takes='half'))",
+            r"selection w: takes is 'half' \(str\), expected one of k, all, none",
+        ),
+        ("COUNTS.add('w')(lambda stage: 1)", r"count w: it takes \(stage\), expected \(stage, steps\)"),
     ],
 )
 def test_bad_plugin(tmp_path: Path, text: str | None, said: str) -> None:
+    """Every one names the file; what is added is checked where it is added."""
+    imports = [f"from pipeline.{name} import *" for name in ("latent.parts", "latent.select", "curriculum")]
     if text is not None:
-        (tmp_path / "bad.py").write_text(text)
-    with pytest.raises(UserError, match=said):
+        adds = ".add(" in text and "import" not in text
+        (tmp_path / "bad.py").write_text("\n".join([*imports, text]) if adds else text)
+    with pytest.raises(UserError, match=said) as error:
         load_plugin(tmp_path / "bad.py")
+    assert f"--plugin {tmp_path / 'bad.py'}" in str(error.value)
+
+
+def test_a_syntax_error_elsewhere_is_not_the_plugin_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is the plugin's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_import.py").write_text("x = 1\ny = 2\nz = (\n")
+    (tmp_path / "idea.py").write_text("\nimport broken_import\n")
+    with pytest.raises(UserError, match=r"idea.py, line 2: SyntaxError: .*broken_import.py, line 3"):
+        load_plugin(tmp_path / "idea.py")
+
+
+def test_a_name_that_the_plugin_does_not_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_loaded", {})
+    file = tmp_path / "idea.py"
+    file.write_text(MEAN.format(name="mean_registered"))
+    with pytest.raises(
+        UserError, match=r"no selection is called mean_registered .* --plugin .*idea.py registers feedb"
+    ):
+        load_config(None, {"plugin": str(file), "latent.selection": "mean_registered", "model.path": "x"})
+
+
+def test_the_plugin_is_hashed_as_it_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edited later, its hash stays; nothing is written beside it."""
+    monkeypatch.setattr(registry, "_loaded", {})
+    file = tmp_path / "idea.py"
+    file.write_text(MEAN.format(name="mean_hashed"))
+    digest = sha256(file)
+    assert load_plugin(file).sha256 == digest
+    file.write_text("# another\n")
+    assert load_plugin(file).sha256 == digest
+    assert [path.name for path in tmp_path.iterdir()] == ["idea.py"]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            "class Odd(Feedback):\n    def __init__(self, size):\n        self.x = torch.nn.Linear(1, 1)\n"
+            "    def forward(self, reading): ...\n",
+            r"latent.feedback odd_part, line 4: AttributeError: cannot assign module before Module.__init__\(\) call",
+        ),
+        (
+            "class Odd(Pause):\n    def __init__(self, d):\n        super().__init__(d)\n        self.width = 3\n",
+            r"latent.feedback odd_part: width is 3 in its __init__, 1 in its class; say it in the class",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, said: str) -> None:
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(FEEDBACKS, "_parts", dict(FEEDBACKS._parts))
+    (tmp_path / "odd.py").write_text(f"from pipeline.latent.parts import *\n{part}\nFEEDBACKS.add('odd_part')(Odd)\n")
+    load_plugin(tmp_path / "odd.py")
+    with pytest.raises(UserError, match=said):
+        LatentMethod(LatentConfig(feedback="odd_part"), 16)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (lambda stage, steps: stage.latents / 2, r"count odd returned 0.5 \(float\), expected a whole number"),
+        (lambda stage, steps: [1][steps], r"curriculum.count odd: IndexError: list index out of range"),
+    ],
+)
+def test_counts_are_asked_before_training(monkeypatch: pytest.MonkeyPatch, count: object, said: str) -> None:
+    monkeypatch.setitem(COUNTS._parts, "odd", count)
+    options = {"curriculum.count": "odd", "curriculum.stages": "[{latents: 1, skip: 1, steps: 1}]", "model.path": "x"}
+    with pytest.raises(UserError, match=said):
+        load_config(None, options | {"data.path": "x"})
 
 
 def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
@@ -378,4 +575,13 @@ def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
 
 def test_reading_is_all_that_a_part_sees() -> None:
     """docs/new_method.md lists these."""
-    assert [*Reading.__dataclass_fields__] == ["step", "batch", "prompt_embeds", "passes", "mask", "tip", "saliency"]
+    assert [*Reading.__dataclass_fields__] == [
+        "step",
+        "batch",
+        "prompt_embeds",
+        "passes",
+        "mask",
+        "tip",
+        "saliency",
+        "layers",
+    ]
