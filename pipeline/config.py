@@ -151,7 +151,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Decoding at validation; pipeline.evaluate has options of its own."""
+    """Decoding at validation and, unless its own options say else, in pipeline.evaluate and pipeline.ask."""
 
     max_new_tokens: int = Field(512, ge=1)
     """Generated tokens of one answer (published: 512)."""

@@ -171,6 +171,7 @@ def export_info(
         revision=revision if as_adapter else None,
         base_hash=base_hash(base, weights=True, revision=revision) if as_adapter else None,
         data=str(data_folder(config).resolve()),
+        max_new_tokens=config.eval.max_new_tokens,
         vocabulary=rows if as_adapter else None,
         converted=Converted(
             weights=released.path.name,

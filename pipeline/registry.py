@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from data_prep.errors import UserError
+from data_prep.files import sha256
 
 T = TypeVar("T")
+PLUGIN = "plugin.py"
+"""What a run folder calls the text of the plugin that it was trained with"""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,14 @@ class Plugin:
     """A user's file as it was run."""
 
     path: Path
-    sha256: str
-    """Of the bytes that were run, whatever the file says by now"""
+    source: bytes
+    """What was run, whatever the file says by now"""
     added: tuple[tuple[str, str], ...]
     """(kind, name) of the parts that it registered"""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source).hexdigest()
 
 
 class Registry(Generic[T]):
@@ -142,8 +149,15 @@ def load_plugin(path: Path) -> Plugin:
     added = tuple(_added[before:])
     if not added:
         raise UserError(f"--plugin {path} registers no part of the method; docs/new_method.md shows how")
-    _loaded[path] = Plugin(path, hashlib.sha256(source).hexdigest(), added)
+    _loaded[path] = Plugin(path, source, added)
     return _loaded[path]
+
+
+def plugin_hash(path: Path) -> str | None:
+    """SHA-256 of a plugin as this process ran it, or as it is; None where there is no such file."""
+    if plugin := _loaded.get(path.resolve()):
+        return plugin.sha256
+    return sha256(path) if path.is_file() else None
 
 
 def loaded_plugins() -> list[Plugin]:

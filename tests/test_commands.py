@@ -37,11 +37,12 @@ def test_evaluate_without_shards(tmp_path):
 
 
 def test_evaluate_run(whole_run, data):
-    code, out, err = command("pipeline.evaluate", "--run", whole_run, "--timed", 2, "--max_new_tokens", 12)
+    code, out, err = command("pipeline.evaluate", "--run", whole_run, "--timed", 2)
     assert code == 0, err
     folder = whole_run / "evaluation" / "test"
     reports = {r["name"]: r for r in json.loads((folder / "report.json").read_text())}
     assert reports.keys() == {"explicit", "latent"}
+    assert reports["latent"]["autoregressive_steps"] <= 2 + 12  # eval.max_new_tokens of the run
     assert reports["latent"]["questions"] == 24 and reports["latent"]["seconds"] > 0
     lines = [json.loads(line) for line in (folder / "latent" / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [open_split(data, "test").read(i).id for i in range(24)]

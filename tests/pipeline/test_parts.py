@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from data_prep.files import sha256
-from pipeline import registry
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
-from pipeline.curriculum import COUNTS
 from pipeline.export import PARTS as PARTS_FILE
 from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate
@@ -38,7 +34,6 @@ from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
-from pipeline.registry import Registry, load_plugin
 from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass, last_layers
 from tests.pipeline.tiny import Shape, family_of, make_row, tiny_models
 
@@ -368,54 +363,19 @@ def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
         torch.testing.assert_close(hidden[i], expected, atol=1e-4, rtol=0)
 
 
-# ---- names and plugins ------------------------------------------------------------------------------------------
-def test_names_are_checked() -> None:
-    with pytest.raises(
-        ValidationError, match=r"no feedback is called hiden; did you mean hidden\? \(hidden, pause, none"
-    ):
-        LatentConfig(feedback="hiden")
-    things: Registry[int] = Registry("thing", lambda part: None)
-    things.add("one")(1)
-    assert things["one"] == 1
-    with pytest.raises(UserError, match="a thing called one exists already"):
-        things.add("one")(2)
-
-
-MEAN = """
-from torch import Tensor
-from pipeline.latent.parts import FEEDBACKS, Feedback, Reading
-
-@FEEDBACKS.add("{name}")
 class MeanOfFour(Feedback):
     def forward(self, reading: Reading) -> Tensor:
         hidden, there = reading.last(4)
         return (hidden * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
-"""
 
 
-def test_a_plugin_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the command line or a recipe, and before its names are checked."""
-    monkeypatch.setattr(registry, "_loaded", {})
-    for number, way in enumerate(("recipe", "option")):
-        name, file = f"mean_{way}", tmp_path / f"idea{number}.py"
-        file.write_text(MEAN.format(name=name))
-        recipe = tmp_path / "recipe.yaml"
-        text = f"latent: {{feedback: {name}}}\nmodel: {{path: x}}\ndata: {{path: x}}\n"
-        recipe.write_text(text + (f"plugin: {file}\n" if way == "recipe" else ""))
-        config = load_config(recipe, {"plugin": str(file)} if way == "option" else {})
-        assert config.latent.feedback == name and name in FEEDBACKS
-        load_plugin(file)  # again: nothing happens
-
-
-def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_path: Path) -> None:
+def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, stock = models
-    name = f"mean_of_{family_of(stock).backbone.MODEL_TYPE}"
-    (tmp_path / "mean.py").write_text(MEAN.format(name=name))
-    load_plugin(tmp_path / "mean.py")
+    monkeypatch.setitem(FEEDBACKS._parts, "mean", MeanOfFour)
     batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
     found = {}
     for way, schedule in SCHEDULES.items():
-        method = method_of(backbone, feedback=name, latent_grad="detach")
+        method = method_of(backbone, feedback="mean", latent_grad="detach")
         with checkpointed(backbone, way == "whole-layers"):
             trace = latent_forward(backbone, batch, method, schedule)
             nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
@@ -424,147 +384,6 @@ def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_pa
         torch.testing.assert_close(found[name][0], found["segmented"][0], atol=1e-5, rtol=0)
         for ours, theirs in zip(found[name][1], found["segmented"][1], strict=True):
             assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-7
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("x = 1\nraise ValueError('no')\n", r"bad.py, line 2: ValueError: no"),
-        ("x = (\n", r"bad.py, line 1: SyntaxError"),
-        ("import no_such_module\n", r"bad.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
-        (
-            "from pipeline.latent.parts import *\nFEEDBACKS.add('pause')(Pause)\n",
-            "a feedback called pause exists already",
-        ),
-        (None, "there is no such file"),
-        ("import sys\nsys.exit(3)\n", r"bad.py, line 2: SystemExit: 3$"),
-        ("x = 1\x00\n", r"bad.py: (SyntaxError|ValueError): source code string cannot contain null bytes"),
-        ("x = 1\n", r"bad.py registers no part of the method"),
-        ("FEEDBACKS.add('w')(3)", r"bad.py, line 4: feedback w: expected a class over Feedback, got 3 \(int\)"),
-        ("FEEDBACKS.add('w')(Weighting)", r"feedback w: expected a class over Feedback, got the class Weighting"),
-        ("FEEDBACKS.add(Pause)", r"line 4: a feedback needs a name: add\(\"name\"\), not add\(the class Pause\)"),
-        ("FEEDBACKS.add('w')(type('W', (Feedback,), {}))", r"feedback w: the class W does not define forward"),
-        (
-            "FEEDBACKS.add('w')(type('W', (Pause,), {'width': '2'}))",
-            r"feedback w: W.width is '2' \(str\), expected a wh",
-        ),
-        ("FEEDBACKS.add('w')(type('W', (Pause,), {'width': -1}))", r"feedback w: W.width is -1 \(int\)"),
-        (
-            "FEEDBACKS.add('w')(type('W', (Pause,), {'read_layers': 'all'}))",
-            r"feedback w: W.read_layers is 'all' \(str\)",
-        ),
-        (
-            "FEEDBACKS.add('w')(type('W', (Pause,), {'__init__': lambda self: None}))",
-            r"feedback w: W.__init__ takes \(\), expected \(hidden_size\)",
-        ),
-        (
-            "FEEDBACKS.add('w')(type('W', (Pause,), {'forward': lambda self, a, b: a}))",
-            r"feedback w: W.forward takes \(self, a, b\), expected \(self, reading\)",
-        ),
-        ("AUXILIARIES.add('w')(Pause)", r"auxiliary loss w: expected a class over Auxiliary, got the class Pause"),
-        (
-            "AUXILIARIES.add('w')(type('W', (NoLoss,), {'forward': lambda self, trace: 0}))",
-            r"auxiliary loss w: W.forward takes \(self, trace\), expected \(self, trace, batch\)",
-        ),
-        ("WEIGHTINGS.add('w')(lambda s, c, f: s)", r"weighting w: expected Weighting\(function\), got a function"),
-        (
-            "WEIGHTINGS.add('w')(Weighting(lambda s: s))",
-            r"weighting w: its function takes \(s\), expected \(saliency, co",
-        ),
-        ("WEIGHTINGS.add('w')(Weighting(by_share, 'yes'))", r"weighting w: gradient is 'yes' \(str\)"),
-        ("SELECTIONS.add('w')(lambda *_: None)", r"selection w: expected Selection\(ranking\), got a function"),
-        (
-            "SELECTIONS.add('w')(Selection(lambda s: s))",
-            r"selection w: its ranking takes \(s\), expected \(saliency, cand",
-        ),
-        (
-            "SELECTIONS.add('w')(Selection(None))",
-            r"selection w: its ranking is None \(NoneType\), expected a function of",
-        ),
-        (
-            "SELECTIONS.add('w')(Selection(lambda *_: 0, takes='half'))",
-            r"selection w: takes is 'half' \(str\), expected one of k, all, none",
-        ),
-        ("COUNTS.add('w')(lambda stage: 1)", r"count w: it takes \(stage\), expected \(stage, steps\)"),
-    ],
-)
-def test_bad_plugin(tmp_path: Path, text: str | None, said: str) -> None:
-    """Every one names the file; what is added is checked where it is added."""
-    imports = [f"from pipeline.{name} import *" for name in ("latent.parts", "latent.select", "curriculum")]
-    if text is not None:
-        adds = ".add(" in text and "import" not in text
-        (tmp_path / "bad.py").write_text("\n".join([*imports, text]) if adds else text)
-    with pytest.raises(UserError, match=said) as error:
-        load_plugin(tmp_path / "bad.py")
-    assert f"--plugin {tmp_path / 'bad.py'}" in str(error.value)
-
-
-def test_a_syntax_error_elsewhere_is_not_the_plugin_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line is the plugin's own."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "broken_import.py").write_text("x = 1\ny = 2\nz = (\n")
-    (tmp_path / "idea.py").write_text("\nimport broken_import\n")
-    with pytest.raises(UserError, match=r"idea.py, line 2: SyntaxError: .*broken_import.py, line 3"):
-        load_plugin(tmp_path / "idea.py")
-
-
-def test_a_name_that_the_plugin_does_not_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_loaded", {})
-    file = tmp_path / "idea.py"
-    file.write_text(MEAN.format(name="mean_registered"))
-    with pytest.raises(
-        UserError, match=r"no selection is called mean_registered .* --plugin .*idea.py registers feedb"
-    ):
-        load_config(None, {"plugin": str(file), "latent.selection": "mean_registered", "model.path": "x"})
-
-
-def test_the_plugin_is_hashed_as_it_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edited later, its hash stays; nothing is written beside it."""
-    monkeypatch.setattr(registry, "_loaded", {})
-    file = tmp_path / "idea.py"
-    file.write_text(MEAN.format(name="mean_hashed"))
-    digest = sha256(file)
-    assert load_plugin(file).sha256 == digest
-    file.write_text("# another\n")
-    assert load_plugin(file).sha256 == digest
-    assert [path.name for path in tmp_path.iterdir()] == ["idea.py"]
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        (
-            "class Odd(Feedback):\n    def __init__(self, size):\n        self.x = torch.nn.Linear(1, 1)\n"
-            "    def forward(self, reading): ...\n",
-            r"latent.feedback odd_part, line 4: AttributeError: cannot assign module before Module.__init__\(\) call",
-        ),
-        (
-            "class Odd(Pause):\n    def __init__(self, d):\n        super().__init__(d)\n        self.width = 3\n",
-            r"latent.feedback odd_part: width is 3 in its __init__, 1 in its class; say it in the class",
-        ),
-    ],
-)
-def test_parts_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, said: str) -> None:
-    monkeypatch.setattr(registry, "_loaded", {})
-    monkeypatch.setattr(FEEDBACKS, "_parts", dict(FEEDBACKS._parts))
-    (tmp_path / "odd.py").write_text(f"from pipeline.latent.parts import *\n{part}\nFEEDBACKS.add('odd_part')(Odd)\n")
-    load_plugin(tmp_path / "odd.py")
-    with pytest.raises(UserError, match=said):
-        LatentMethod(LatentConfig(feedback="odd_part"), 16)
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [
-        (lambda stage, steps: stage.latents / 2, r"count odd returned 0.5 \(float\), expected a whole number"),
-        (lambda stage, steps: [1][steps], r"curriculum.count odd: IndexError: list index out of range"),
-    ],
-)
-def test_counts_are_asked_before_training(monkeypatch: pytest.MonkeyPatch, count: object, said: str) -> None:
-    monkeypatch.setitem(COUNTS._parts, "odd", count)
-    options = {"curriculum.count": "odd", "curriculum.stages": "[{latents: 1, skip: 1, steps: 1}]", "model.path": "x"}
-    with pytest.raises(UserError, match=said):
-        load_config(None, options | {"data.path": "x"})
 
 
 def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
