@@ -284,12 +284,7 @@ def table(reports: list[Report]) -> str:
         )
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
         lines += [f"  tokens drawn: {r.decoding}"] if r.decoding != "greedy" else []
-    for r in reports:
-        for name, groups in r.groups.items():
-            if len(groups) == 1:
-                continue
-            parts = [f"{value or '(none)'} {right / total:.1%} of {total}" for value, (right, total) in groups.items()]
-            lines.append(f"{r.name} by {name}: " + ", ".join(parts))
+    lines += [line for r in reports for line in r.breakdowns()]
     if len(reports) > 1:
         first, last = reports[0], reports[-1]
         lines.append(

@@ -47,6 +47,8 @@ class Converted(BaseModel):
 
     weights: str
     """Name of the released file"""
+    weights_hash: str | None = None
+    """Its SHA-256"""
     base: str
     """Folder or hub id of the model that its frozen weights were compared with"""
     changed_base: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ def test_evaluate_run(whole_run, data):
     total = json.loads((folder / "scores.json").read_text())["total"]
     assert (total["correct"], total["questions"]) == (reports["latent"]["right"], 24), err
     code, out, err = command("pipeline.summary", "--run", whole_run)
+    assert re.search(r"^latent by kind: describe [\d.]+% of \d+, look [\d.]+% of \d+$", out, re.M), out
     assert code == 0 and "latent, N=24" in out and "tensorboard --logdir" in out, err
 
 
@@ -114,6 +116,15 @@ def test_mistakes_give_one_line(whole_run, data, module, options, message):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("module", ["pipeline.convert", "pipeline.reproduce"])
+def test_help_lists_every_option(module):
+    code, out, err = command(module, "--help")
+    assert code == 0, err
+    assert {"--from released (default none)", "--weights path", "--out path"} <= set(
+        re.findall(r"^  (--from .*|--weights path|--out path)", out, re.M)
+    )
 
 
 def test_export_is_plain_transformers(whole_run):
