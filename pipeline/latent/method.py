@@ -109,17 +109,18 @@ class LatentMethod(nn.Module):
         vision = prompt_embeds[rows, step.columns]
         factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
         if factors is not None:
-            expect(factors, tuple(step.columns.shape), f"latent.weighting {self.config.weighting}")
+            expect(factors, step.columns.shape, vision.device, f"latent.weighting {self.config.weighting}")
             vision = vision * factors[..., None].to(vision.dtype)
         own = next(self.feedback.parameters(), vision).dtype
         text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own))
-        expect(text, (len(vision), self.feedback.width, vision.shape[-1]), f"latent.feedback {self.config.feedback}")
+        shape = (len(vision), self.feedback.width, vision.shape[-1])
+        expect(text, shape, vision.device, f"latent.feedback {self.config.feedback}")
         return torch.cat([vision, text.to(vision.dtype)], dim=1) * step.inserted[..., None].to(vision.dtype)
 
     def added(self, trace: Trace, batch: Batch) -> Tensor:
         """The auxiliary loss of each row, (B,)."""
         loss = self.auxiliary(trace, batch)
-        expect(loss, (len(batch.latents),), f"latent.auxiliary {self.config.auxiliary}")
+        expect(loss, batch.latents.shape, batch.latents.device, f"latent.auxiliary {self.config.auxiliary}")
         return loss
 
 

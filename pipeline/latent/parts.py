@@ -12,7 +12,7 @@ Shapes: B rows, P question columns, T columns so far, K patches a step, D hidden
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +86,15 @@ class Reading:
         return replace(self, passes=tuple(map(function, self.passes)), tip=function(self.tip), layers=layers)
 
 
-def expect(result: Any, shape: tuple[int, ...], part: str) -> None:
+def expect(result: Any, shape: Sequence[int], device: torch.device, part: str) -> None:
     """Raise UserError where a part returned anything else: torch would stretch it, or fail far from here."""
+    shape = tuple(shape)
     if not isinstance(result, Tensor) or result.is_complex():
         raise UserError(f"{part} returned {described(result)} in place of a real tensor {shape}")
     if tuple(result.shape) != shape:
         raise UserError(f"{part} returned {tuple(result.shape)} in place of {shape}")
+    if result.device != device:
+        raise UserError(f"{part} returned a tensor on {result.device} in place of {device}, where its inputs are")
 
 
 # ---- feedback ---------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def select_patches(
 def checked(ranking: Any, saliency: Tensor, candidates: Tensor, selection: str) -> Tensor:
     """A selection's scores (B,P), whole numbers as fp64.  Raises UserError where they rank nothing."""
     part = f"latent.selection {selection}"
-    expect(ranking, tuple(saliency.shape), part)
+    expect(ranking, saliency.shape, saliency.device, part)
     # where s itself is no number, the model has diverged, which training says better
     if (ranking.isnan() & candidates & ~saliency.isnan()).any():
         raise UserError(f"{part} returned NaN for some image columns; -inf is the score of what is never to be taken")

@@ -239,6 +239,7 @@ def test_rankings_of_any_type(monkeypatch: pytest.MonkeyPatch, ranking: Any, exp
         (lambda s, *_: s / 0 * 0, "latent.selection own returned NaN for some image columns; -inf is the score of"),
         (lambda s, *_: s[0], r"latent.selection own returned \(4,\) in place of \(1, 4\)"),
         (lambda s, *_: s.tolist(), r"latent.selection own returned .* \(list\) in place of a real tensor \(1, 4\)"),
+        (lambda s, *_: s.to("meta"), "latent.selection own returned a tensor on meta in place of cpu, where its inp"),
         (lambda s, *_: s + 1j, r"latent.selection own returned .* in place of a real tensor \(1, 4\)"),
     ],
 )
