@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from pipeline import registry
+from pipeline import engine, registry
 from pipeline.build import method_line
-from pipeline.config import load_config
+from pipeline.config import ROOT, load_config
 from pipeline.curriculum import COUNTS
+from pipeline.ds_config import Triangle, load_ds_config
 from pipeline.export import ExportInfo, check_plugin
 from pipeline.latent.method import LatentConfig, LatentMethod
-from pipeline.latent.parts import FEEDBACKS
+from pipeline.latent.parts import FEEDBACKS, HiddenState
 from pipeline.plan import settings_hash, write_config
 from pipeline.prompt import PromptConfig
 from pipeline.registry import Registry, load_plugin
@@ -184,6 +187,16 @@ def test_parts_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     load_plugin(tmp_path / "odd.py")
     with pytest.raises(UserError, match=said):
         LatentMethod(LatentConfig(feedback="odd_part"), 16)
+
+
+def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FEEDBACKS._parts, "four", type("Four", (HiddenState,), {"read_layers": 4}))
+    monkeypatch.setattr(engine, "text_config", lambda *_: SimpleNamespace(hidden_size=64, num_hidden_layers=2))
+    monkeypatch.setattr(engine, "load_model", lambda *_: pytest.fail("loaded first"))
+    config = load_config(None, {"latent.feedback": "four", "model.path": "m", "data.path": "d"})
+    ds = load_ds_config(ROOT / "ds_configs" / "zero3.json")
+    with pytest.raises(UserError, match="latent.feedback four reads 4 layers .read_layers., the model has 2"):
+        engine.build_engine(config, ds, "m", Triangle(8, 1, 8, 1), None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
