@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 # All stages under ZeRO-3 on 2 ranks from generated data, then questions that training never saw.
 demo: $(VENV)/installed
 	deepspeed --num_accelerators $(RANKS) pipeline/train.py --ds ds_configs/zero3.json --out $(DEMO)
-	OMP_NUM_THREADS=$(RANKS) $(PY) -m pipeline.evaluate --run $(DEMO) --batch 100 --max_new_tokens 140
+	OMP_NUM_THREADS=$(RANKS) $(PY) -m pipeline.evaluate --run $(DEMO) --batch 100 > /dev/null  # the summary has it all
 	$(PY) -m pipeline.summary --run $(DEMO)
 
 test: $(VENV)/installed

@@ -73,9 +73,8 @@ def bind(target: Callable[..., object], given: Mapping[str, str | list[str]]) ->
     Raises:
         UserError: unknown or missing options and values of the wrong kind, all of them at once.
     """
-    parameters = inspect.signature(target, eval_str=True).parameters
-    named = {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    problems = [] if len(named) < len(parameters) else unknown_options(given, named)
+    named = options_of(target)
+    problems = [] if len(named) < len(inspect.signature(target).parameters) else unknown_options(given, named)
     arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in named}
     for name, parameter in named.items():
         if name not in given:
@@ -83,12 +82,18 @@ def bind(target: Callable[..., object], given: Mapping[str, str | list[str]]) ->
                 problems.append(f"--{name} is missing")
             continue
         try:
-            arguments[name] = convert(parameter.annotation, given[name])
+            arguments[parameter.name] = convert(parameter.annotation, given[name])
         except ValueError as error:
             problems.append(f"--{name} {given[name]}: {error}")
     if problems:
         raise UserError(*problems)
     return arguments
+
+
+def options_of(target: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """The options that `target` names, by what users type: `from_`, whose name Python keeps, is `--from`."""
+    parameters = inspect.signature(target, eval_str=True).parameters.values()
+    return {p.name.rstrip("_"): p for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
 def unknown_options(given: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -159,15 +164,16 @@ _SCALARS: dict[Any, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def help_text(main: Callable[..., object], program: str) -> str:
-    """The usage line, `main`'s docstring, and its options with kind and default."""
-    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(main) or "", "", "options:"]
-    for name, parameter in inspect.signature(main, eval_str=True).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        required = parameter.default is parameter.empty
-        default = "required" if required else f"default {'none' if parameter.default is None else parameter.default}"
-        lines.append(f"  --{name} {_kind(parameter.annotation)} ({default})")
+def help_text(main: Callable[..., object], program: str, parts: Mapping[str, Callable[..., object]]) -> str:
+    """The usage line, `main`'s docstring, and its options with kind and default, then those of its parts."""
+    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(main) or ""]
+    for heading, target in {"options": main, **parts}.items():
+        lines += ["", f"{heading}:"]
+        for name, parameter in options_of(target).items():
+            required = parameter.default is parameter.empty
+            default = "none" if parameter.default is None else parameter.default
+            said = "required" if required else f"default {default}"
+            lines.append(f"  --{name} {_kind(parameter.annotation)} ({said})")
     return "\n".join(lines)
 
 
@@ -201,24 +207,28 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(main: Callable[..., object], argv: Sequence[str] | None = None, repeatable: Collection[str] = ()) -> None:
+def run(
+    main: Callable[..., object],
+    argv: Sequence[str] | None = None,
+    repeatable: Collection[str] = (),
+    parts: Mapping[str, Callable[..., object]] = types.MappingProxyType({}),
+) -> None:
     """Run a command: read `argv` (default: the process's), call `main(**options)`, end as a command should.
 
     `main` has keyword-only parameters; its `list[str]` ones may be repeated on the command line, and so may
     the names in `repeatable` among those that its `**options` takes as raw strings. `--help` prints and
-    returns.
+    returns; `parts` are the functions, under a heading each, that `main` hands its `**options` to.
 
     Raises:
         SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt, 143
         after `Terminated`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    signature = inspect.signature(main, eval_str=True)
-    lists = {name for name, p in signature.parameters.items() if get_origin(_required(p.annotation)) is list}
+    lists = {name for name, p in options_of(main).items() if get_origin(_required(p.annotation)) is list}
     try:
         given = parse(argv, lists | set(repeatable))
         if "help" in given or "h" in given:
-            print(help_text(main, _program()))
+            print(help_text(main, _program(), parts))
             return
         main(**bind(main, given))
     except UserError as error:

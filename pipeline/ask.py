@@ -31,19 +31,22 @@ def main(
     image: Path | None = None,
     context: str = "",
     latents: int | None = None,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
     plugin: Path | None = None,
+    allow_changed_plugin: bool = False,
 ) -> None:
     """Answer one multiple-choice question, and show which patches each latent step took.
 
     --run: a run folder (its last stage answers) or --model: one export; --image: a picture file; --choice: once for
     each choice, at least twice; --latents: other number of latent steps than trained; --temperature: 0 takes the
     likeliest token, above it tokens are drawn with --seed, among the --top_k likeliest (0: all) and those with
-    probability --top_p together; --plugin: the file that the model's method came from.
+    probability --top_p together; --plugin: the file that the model's method came from, with another
+    text than then only under --allow_changed_plugin true; --max_new_tokens: of the answer at most, as the model's
+    recipe says without it.
     """
     if plugin:
         load_plugin(plugin)
@@ -51,7 +54,7 @@ def main(
         raise UserError("give either --run DIR or --model EXPORT")
     if latents is not None and latents < 0:
         raise UserError(f"--latents {latents}: expected 0 or more")
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: expected 1 or more")
     sampling = read_sampling(temperature, top_p, top_k, seed)
     folder = exports_of(run)[-1][1] if run else model
@@ -64,7 +67,7 @@ def main(
         raise UserError(f"--image {image}: {error.strerror}") from None
     except InvalidExample as error:
         raise UserError(str(error)) from None
-    loaded = load_export(folder)
+    loaded = load_export(folder, allow_changed_plugin=allow_changed_plugin)
     if context:  # what is given is shown, whether or not the model was trained with one
         loaded = loaded.asked(context=True)
     n = loaded.info.latents if latents is None else latents
@@ -74,7 +77,8 @@ def main(
     except UnusableSample as error:
         raise UserError(str(error)) from None
     torch.manual_seed(seed)
-    out = generate_rows(loaded, [row], n, Decoding(max_new_tokens, loaded.processor.eos_id, sampling))
+    tokens = max_new_tokens or loaded.info.max_new_tokens
+    out = generate_rows(loaded, [row], n, Decoding(tokens, loaded.processor.eos_id, sampling))
     seconds = time.perf_counter() - start
 
     text = loaded.processor.decode(out.tokens[0])

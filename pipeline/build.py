@@ -20,6 +20,7 @@ from pipeline.engine import Built, build_engine
 from pipeline.loader import Share, StageSteps
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
+from pipeline.registry import load_plugin
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def check_inputs(start: Checkpoint, index: ShardIndex, base_hash: str) -> None:
 
 def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.Logger) -> None:
     """What was decided for this start."""
-    stage, latent, memory = plan.ds["zero_optimization"]["stage"], plan.config.latent, built.forecast
+    stage, memory = plan.ds["zero_optimization"]["stage"], built.forecast
     log.info("ZeRO-%d on %d ranks (%s)", stage, plan.triangle.world, device.type)
     log.info("batch: %s; loss norm %s", plan.triangle, plan.config.optim.loss_norm)
     log.info("parameters: %s trained of %s", f"{built.size.trained:,}", f"{built.size.parameters:,}")
@@ -113,6 +114,21 @@ def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.L
     if memory.gathered:
         how = "stay gathered between passes" if built.resident else "are gathered anew by every pass"
         log.info("parameters %s; a whole copy takes %.2f GB", how, memory.gathered / 1e9)
-    log.info("latents: %d patches a step by %s, gradient %s, positions %s",
-             latent.num_patches, latent.selection, latent.latent_grad, latent.positions)  # fmt: skip
+    log.info("method: %s", method_line(plan.config))
     log.info("schedule: %s", built.schedule)
+
+
+def method_line(config: RunConfig) -> str:
+    """The parts of a latent step and what else changes its mathematics."""
+    latent, taken = config.latent, config.latent.patches_taken
+    weight = "" if latent.auxiliary == "none" else f" times {latent.auxiliary_weight:g}"
+    patches = "all" if taken is None else taken
+    line = (
+        f"feedback {latent.feedback}, selection {latent.selection} ({patches} patches a step, by {latent.patch_order}),"
+        f" weighting {latent.weighting}, auxiliary loss {latent.auxiliary}{weight}, count {config.curriculum.count};"
+        f" gradient {latent.latent_grad}, positions {latent.positions}"
+    )
+    if config.plugin:
+        plugin = load_plugin(Path(config.plugin))
+        line += f"; plugin {plugin.path} (SHA-256 {plugin.sha256[:12]})"
+    return line

@@ -151,7 +151,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Decoding at validation; pipeline.evaluate has options of its own."""
+    """Decoding at validation and, unless its own options say else, in pipeline.evaluate and pipeline.ask."""
 
     max_new_tokens: int = Field(512, ge=1)
     """Generated tokens of one answer (published: 512)."""
@@ -199,9 +199,7 @@ def load_config(
     right name) and every bad value.
     """
     recipes = [recipe] if isinstance(recipe, Path) else list(recipe or [])
-    values: dict[str, Any] = {}
-    for path in recipes:
-        values = merged(values, read_recipe(path))
+    values = read_recipes(recipes)
     known = dict(field_names())
     problems = unknown_options(overrides, [*known, *also])
     for name, text in overrides.items():
@@ -239,6 +237,11 @@ def validate(values: Mapping[str, Any], origin: str) -> RunConfig:
     return config
 
 
+def recipe_paths(names: str) -> list[Path]:
+    """The files of a `--recipe` option, which has commas between several."""
+    return [Path(name) for name in names.split(",")]
+
+
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with those of `over`, section by section; a list is replaced whole."""
     both = dict(values)
@@ -246,6 +249,14 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         before = both.get(name)
         both[name] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return both
+
+
+def read_recipes(paths: Iterable[Path]) -> dict[str, Any]:
+    """Nested values of recipe files, laid over each other in order.  Raises UserError as `read_recipe`."""
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = merged(values, read_recipe(path))
+    return values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

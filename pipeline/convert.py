@@ -18,13 +18,13 @@ import torch
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
+from pipeline.config import ROOT, LoraConfig, RunConfig, load_config, read_recipes, recipe_paths
 from pipeline.export import Converted, ExportInfo
 from pipeline.latent.method import LatentMethod
 from pipeline.prepare import base_hash, check_base, data_folder
 from pipeline.released.back import to_released
 from pipeline.released.exporting import write_adapter, write_merged
-from pipeline.released.files import ModelWeights, folder_in_whole, local_folder, read_config
+from pipeline.released.files import ModelWeights, file_hash, folder_in_whole, local_folder, place_of, read_config
 from pipeline.released.form import ADDED_TOKENS, FORMS, Skeleton, form_of
 from pipeline.released.frozen import FrozenCheck
 from pipeline.released.reading import ReleasedFile, read_released
@@ -32,22 +32,21 @@ from pipeline.released.reading import ReleasedFile, read_released
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def main(**options: str) -> None:
+def main(*, from_: Literal["released"] | None = None, to: Literal["released"] | None = None, **options: str) -> None:
     """Convert a checkpoint of the paper's authors, or back.
 
     --from released: --weights F.pth --base NAME_OR_DIR --out DIR; --export merged|adapter; --dtype auto|bf16|fp32 of
     merged weights (auto: as the file has them); --benchmark m3cot|scienceqa: which of the paper's settings the export
-    records (prompt, latent steps, LoRA alpha 16), unless --recipe X.yaml gives others; --stage: of the curriculum, the
-    last without it; --data: shard folder; --SECTION.FIELD VALUE: any one setting (pipeline/config.py), such as
-    --latent.num_patches 16 or --model.lora.alpha 32; --allow_changed_base true: take frozen weights that are not the
-    base's as they are, merged.
+    records (prompt, latent steps, LoRA alpha 16), unless --recipe X.yaml, or several with commas, gives others;
+    --stage: of the curriculum, the last without it; --data: shard folder; --SECTION.FIELD VALUE: any one setting
+    (pipeline/config.py), such as --latent.num_patches 16 or --model.lora.alpha 32; --allow_changed_base true: take
+    frozen weights that are not the base's as they are, merged.
 
     --to released: --model EXPORT --out F.pth, an fp32 state dict.
     """
-    source, target = options.pop("from", None), options.pop("to", None)
-    if (source, target) not in (("released", None), (None, "released")):
+    if (from_ is None) == (to is None):
         raise UserError("give either --from released or --to released")
-    command: Callable[..., None] = from_released if source else to_released
+    command: Callable[..., None] = from_released if from_ else to_released
     with cli.terminated_as_interrupted():
         command(**cli.bind(command, options))
 
@@ -60,7 +59,7 @@ def from_released(
     export: Literal["merged", "adapter"] = "merged",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
     benchmark: Literal["m3cot", "scienceqa"] = "m3cot",
-    recipe: Path | None = None,
+    recipe: str | None = None,
     stage: int | None = None,
     data: str | None = None,
     allow_changed_base: bool = False,
@@ -78,7 +77,7 @@ def from_released(
     hf_config = read_config(folder)
     backbone = backbone_of(hf_config, base)
     form = form_of(backbone, base)
-    config = read_settings(recipe, benchmark, settings | {"model.backbone": backbone, "model.path": base}, data)
+    config = read_settings(recipe, benchmark, settings, data, backbone, base)
     check_base(config.model.model_copy(update={"path": str(folder)}), config.prompt)
     if LatentMethod(config.latent, 1).state_dict():
         raise UserError(f"latent.feedback {config.latent.feedback}: a released file has no parameters for it")
@@ -122,14 +121,27 @@ def backbone_of(hf_config: Any, base: str) -> str:
     raise UserError(f"--base {base} is a {hf_config.model_type} model; released files are known of {', '.join(FORMS)}")
 
 
-def read_settings(recipe: Path | None, benchmark: str, settings: Mapping[str, str], data: str | None) -> RunConfig:
-    """What a state dict does not say: published values, or a recipe's, then single options.  Raises UserError."""
-    values = {"model.scratch": "none"}
-    if recipe is None:
-        name = f"{FORMS[settings['model.backbone']].recipes}_{benchmark}.yaml"
-        recipe = ROOT / "recipes" / "published" / name
-    values |= {**settings} | ({"data.path": data} if data else {})
-    return load_config(recipe, values)
+def read_settings(
+    recipe: str | None, benchmark: str, settings: Mapping[str, str], data: str | None, backbone: str, base: str
+) -> RunConfig:
+    """What a state dict does not say: published values, or a recipe's, then single options.
+
+    A recipe's `model.path` is where it looks for the base model, which --base says here.  Raises UserError where other
+    settings contradict the base.
+    """
+    published = ROOT / "recipes" / "published" / f"{FORMS[backbone].recipes}_{benchmark}.yaml"
+    recipes = recipe_paths(recipe) if recipe else [published]
+    problems = []
+    if settings.get("model.path", base) != base:
+        problems.append(f"--model.path {settings['model.path']}: --base {base} names the base model")
+    model = read_recipes(recipes).get("model")
+    said = settings.get("model.backbone") or (model.get("backbone") if isinstance(model, dict) else None)
+    if said not in (None, backbone):
+        problems.append(f"model.backbone {said}: --base {base} is {backbone}")
+    if problems:
+        raise UserError(*problems)
+    values = {"model.scratch": "none", **settings, "model.backbone": backbone, "model.path": base}
+    return load_config(recipes, values | ({"data.path": data} if data else {}))
 
 
 def stage_of(config: RunConfig, stage: int | None) -> int:
@@ -159,7 +171,7 @@ def export_info(
 ) -> ExportInfo:
     """What `latent_config.json` says of the export; hashes the base of an adapter."""
     as_adapter, revision = export == "adapter", config.model.revision
-    where = str(Path(base).resolve()) if Path(base).is_dir() else base
+    where = place_of(base)
     return ExportInfo(
         backbone=config.model.backbone,
         latent=config.latent,
@@ -171,9 +183,11 @@ def export_info(
         revision=revision if as_adapter else None,
         base_hash=base_hash(base, weights=True, revision=revision) if as_adapter else None,
         data=str(data_folder(config).resolve()),
+        max_new_tokens=config.eval.max_new_tokens,
         vocabulary=rows if as_adapter else None,
         converted=Converted(
             weights=released.path.name,
+            weights_hash=file_hash(released.path),
             base=where,
             changed_base=bool(frozen.changed),
             lora_r=released.rank,
@@ -185,4 +199,4 @@ def export_info(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, parts={"--from released": from_released, "--to released": to_released})

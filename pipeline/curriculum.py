@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.steps import merge_steps, split_steps
-from pipeline.registry import Registry
+from pipeline.registry import Registry, described, expect_call, failures_told
 
 
 class StageConfig(BaseModel):
@@ -40,7 +42,13 @@ class StageConfig(BaseModel):
 
 Count = Callable[[StageConfig, int], int]
 """(stage, explicit steps that the row's rationale has) -> its latent steps, at most the stage's"""
-COUNTS: Registry[Count] = Registry("count")
+
+
+def check_count(part: Any) -> None:
+    expect_call(part, "it", "stage", "steps")
+
+
+COUNTS: Registry[Count] = Registry("count", check_count)
 COUNTS.add("stage")(lambda stage, steps: stage.latents)
 
 
@@ -75,6 +83,17 @@ class CurriculumConfig(BaseModel):
     @classmethod
     def known(cls, name: str) -> str:
         return COUNTS.check(name)
+
+    @model_validator(mode="after")
+    def counts(self) -> CurriculumConfig:
+        """Ask for every number of steps that a row can have, so that no loader worker finds a mistake."""
+        for stage in self.stages:
+            for steps in range(min(self.groups, 100) + 1):
+                with failures_told(f"curriculum.count {self.count}"):
+                    found = COUNTS[self.count](stage, steps)
+                if not isinstance(found, Integral):
+                    raise ValueError(f"count {self.count} returned {described(found)}, expected a whole number")
+        return self
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.backbones import BACKBONES
-from pipeline.backbones.weights import hidden_size
+from pipeline.backbones.weights import text_config
 from pipeline.config import ModelConfig, OptimConfig, RunConfig
 from pipeline.ds_config import Triangle, fill_auto
+from pipeline.latent.method import LatentMethod
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule
 from pipeline.memory import RESIDENCY, Forecast, ModelSize, available_memory, forecast, residency, stays_resident
@@ -50,7 +51,9 @@ def build_engine(
     family = BACKBONES[model.backbone]
     dtype = resolve_dtype(model.dtype, device)
     undecided = [name for name in RESIDENCY if ds["zero_optimization"].get(name) == "auto"]
-    ds = fill_auto(ds, triangle, config, hidden_size(base, model.revision), dtype is torch.bfloat16)
+    text = text_config(base, model.revision)
+    LatentMethod(config.latent, text.hidden_size, text.num_hidden_layers)  # refused before the model takes its time
+    ds = fill_auto(ds, triangle, config, text.hidden_size, dtype is torch.bfloat16)
     # transformers looks this object up while it lives, and partitions what it builds
     hf_config = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     backbone = family(load_model(config, base, dtype, tokenizer))

@@ -43,13 +43,14 @@ def main(
     limit: int | None = None,
     batch: int = 16,
     timed: int = 16,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     latents: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
     plugin: Path | None = None,
+    allow_changed_plugin: bool = False,
     prompt: Literal["default", "released", "context"] | None = None,
     out: Path | None = None,
 ) -> None:
@@ -57,12 +58,13 @@ def main(
 
     --run: a run folder (latent and explicit) or --model: one export; --data: shard folder, the training one without
     it; --limit: so many questions, drawn evenly; --batch: questions decoded at once; --timed: questions answered one
-    by one for the time; --latents: other number of latent steps than trained, for the last stage's model;
-    --temperature: 0 takes the likeliest token, above it tokens are drawn, among the --top_k likeliest (0: all) and
-    those with probability --top_p together; --seed: of the draws, each model's anew; --out: folder for predictions and
-    report, RUN/evaluation/SPLIT or EXPORT/evaluation/SPLIT without it; --plugin: the file that the model's method came
-    from; --prompt: as in training, as the released code asks, or with the context or hint; as the model's recipe says
-    without it.
+    by one for the time; --max_new_tokens: of an answer at most, as the model's recipe says without it; --latents: other
+    number of latent steps than trained, for the last stage's model; --temperature: 0 takes the likeliest token, above
+    it tokens are drawn, among the --top_k likeliest (0: all) and those with probability --top_p together; --seed: of
+    the draws, each model's anew; --out: folder for predictions and report, RUN/evaluation/SPLIT or
+    EXPORT/evaluation/SPLIT without it; --plugin: the file that the model's method came from, with another text than
+    then only under --allow_changed_plugin true; --prompt: as in training, as the released code asks, or with the
+    context or hint; as the model's recipe says without it.
 
     Without a temperature, an answer depends neither on --batch nor on the other questions, but for rounding.  With one,
     all draws come from one generator: the same seed, batch size and limit give the same answers.
@@ -71,8 +73,8 @@ def main(
         load_plugin(plugin)
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model EXPORT")
-    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", 1 if limit is None else limit)):
-        if value < 1:
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("limit", limit)):
+        if value is not None and value < 1:
             raise UserError(f"--{name} {value}: expected 1 or more")
     for name, number in (("latents", latents), ("timed", timed)):
         if number is not None and number < 0:
@@ -84,7 +86,7 @@ def main(
     out = out or folder / "evaluation" / split
     reports = []
     for name, export in models:
-        loaded = load_export(export)
+        loaded = load_export(export, allow_changed_plugin=allow_changed_plugin)
         if prompt:
             loaded = loaded.asked(**PROMPTS[prompt])
         n = loaded.info.latents
@@ -92,7 +94,8 @@ def main(
             name, n = f"{name} n={latents}", latents
         index = open_data(loaded, data, split)
         make_folders(out, name)
-        decoding = Decoding(max_new_tokens, loaded.processor.eos_id, sampling)
+        tokens = max_new_tokens or loaded.info.max_new_tokens
+        decoding = Decoding(tokens, loaded.processor.eos_id, sampling)
         answers = answer_all(loaded, index, limit, batch, n, decoding, seed)
         seconds = seconds_alone(loaded, index, timed, n, decoding)
         report = write_answers(name, answers, loaded, out, seconds)
@@ -281,12 +284,7 @@ def table(reports: list[Report]) -> str:
         )
         lines += [f"  {r.skipped} samples could not be used"] if r.skipped else []
         lines += [f"  tokens drawn: {r.decoding}"] if r.decoding != "greedy" else []
-    for r in reports:
-        for name, groups in r.groups.items():
-            if len(groups) == 1:
-                continue
-            parts = [f"{value or '(none)'} {right / total:.1%} of {total}" for value, (right, total) in groups.items()]
-            lines.append(f"{r.name} by {name}: " + ", ".join(parts))
+    lines += [line for r in reports for line in r.breakdowns()]
     if len(reports) > 1:
         first, last = reports[0], reports[-1]
         lines.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import LatentModel, embedding_weights, set_to_mean
 from pipeline.prepare import base_hash, data_folder, in_a_line
 from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
+from pipeline.registry import PLUGIN, load_plugin, loaded_plugins
 from pipeline.user_files import load_json
 
 FORMAT = 1
@@ -45,6 +47,8 @@ class Converted(BaseModel):
 
     weights: str
     """Name of the released file"""
+    weights_hash: str | None = None
+    """Its SHA-256"""
     base: str
     """Folder or hub id of the model that its frozen weights were compared with"""
     changed_base: bool
@@ -80,6 +84,10 @@ class ExportInfo(BaseModel):
     """Shard folder it was trained on"""
     plugin: str | None = None
     """Name of the user's file that its method came from; answering takes it by --plugin again"""
+    plugin_hash: str | None = None
+    """SHA-256 of that file as it was run"""
+    max_new_tokens: int = Field(512, ge=1)
+    """Generated tokens of an answer at most, as `eval.max_new_tokens` said"""
     vocabulary: int | None = None
     """Rows of an adapter's embeddings, where not the base's; TOKEN_ROWS holds the last of them"""
     converted: Converted | None = None
@@ -155,6 +163,7 @@ def write_export(
     if parts:
         save_file({name: weight.contiguous() for name, weight in parts.items()}, writing / PARTS)
     processor.save(writing)
+    plugin = load_plugin(Path(config.plugin)) if config.plugin else None
     ExportInfo(
         backbone=config.model.backbone,
         latent=config.latent,
@@ -166,7 +175,9 @@ def write_export(
         revision=config.model.revision if as_adapter else None,
         base_hash=base_hash if as_adapter else None,
         data=str(data_folder(config).resolve()),
-        plugin=Path(config.plugin).name if config.plugin else None,
+        plugin=plugin.path.name if plugin else None,
+        plugin_hash=plugin.sha256 if plugin else None,
+        max_new_tokens=config.eval.max_new_tokens,
     ).write(writing)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(writing, folder)
@@ -191,12 +202,14 @@ class LoadedModel:
         return RowBuilder(self.processor, self.info.prompt, self.info.latent.patches_taken)
 
 
-def load_export(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_export(folder: Path, dtype: torch.dtype | None = None, *, allow_changed_plugin: bool = False) -> LoadedModel:
     """Load an export for decoding, on the GPU where there is one.
 
-    Raises UserError where `folder` is not one of ours or lacks something, or an adapter's base is another one.
+    allow_changed_plugin: warn of a plugin with another text than in training, and take it.
+    Raises UserError where `folder` is not one of ours or lacks something, or an adapter's base or a plugin is another.
     """
     info = ExportInfo.read(folder)
+    check_plugin(folder, info, allow_changed_plugin)
     family = BACKBONES[info.backbone]
     check_files(folder, info)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -251,6 +264,20 @@ def check_files(folder: Path, info: ExportInfo) -> None:
     needed += BACKBONES[info.backbone].PROCESSOR_FILES
     if lacking := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(f"export {folder} is not complete: it lacks {', '.join(lacking)}")
+
+
+def check_plugin(folder: Path, info: ExportInfo, allow_changed: bool) -> None:
+    """Raise UserError, or warn with `allow_changed`, where the method's file has changed since training."""
+    texts = {plugin.sha256: plugin.path for plugin in loaded_plugins()}
+    if info.plugin_hash is None or not texts or info.plugin_hash in texts:
+        return
+    line = (
+        f"{', '.join(map(str, texts.values()))} is not the text of {info.plugin} that {folder} was trained with"
+        f" (its run folder keeps that as {PLUGIN})"
+    )
+    if not allow_changed:
+        raise UserError(f"{line}; --allow_changed_plugin true answers with it all the same")
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def check_base_of(folder: Path, info: ExportInfo) -> None:

@@ -76,6 +76,14 @@ class StageSteps(Dataset):
         config = self.curriculum.stages[self.stage]
         return config.steps or max(1, round((config.epochs or 0) * self.steps_per_epoch))
 
+    def describe_epoch(self) -> str:
+        """What an epoch takes of the split, for the log."""
+        taken = min(self.steps_per_epoch * self.share.global_batch, len(self.chosen))
+        where = self.curriculum.stages[self.stage].where
+        kinds = " and ".join(f"{name} is {' or '.join(values)}" for name, values in where.items())
+        fitting = f" the {len(self.chosen)} whose {kinds} (curriculum.stages.where), of" if kinds else ""
+        return f"{taken} samples an epoch, of{fitting} {len(self.index)} there are"
+
     def samples(self, step: int) -> tuple[int, np.ndarray]:
         """(epoch, sample indices of the global batch) of a step."""
         epoch, batch = divmod(step, self.steps_per_epoch)

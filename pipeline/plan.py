@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import sha256, write_atomic
+from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
 from pipeline.prepare import check_base, check_data, check_made_from, data_folder
+from pipeline.registry import PLUGIN, load_plugin, plugin_hash
 from pipeline.user_files import read_yaml
 
 FREE = {
@@ -183,8 +184,8 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     if config.optim.loss_norm == "micro_batch":
         free = FREE - {"train.micro_batch", "train.accumulation"}
     settings = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k not in free}
-    if config.plugin and Path(config.plugin).is_file():
-        settings["plugin"] = sha256(Path(config.plugin))  # what it says, wherever it is
+    if config.plugin:
+        settings["plugin"] = plugin_hash(Path(config.plugin)) or config.plugin  # what it says, wherever it is
     return settings
 
 
@@ -224,5 +225,7 @@ def different_settings(config: RunConfig, out: Path) -> list[str]:
 
 
 def write_config(config: RunConfig, out: Path) -> None:
-    """The resolved settings, as a recipe, in the run folder."""
+    """The resolved settings, as a recipe, in the run folder, and the text of their plugin."""
     write_atomic(out / "config.yaml", config.dump())
+    if config.plugin:
+        write_atomic(out / PLUGIN, load_plugin(Path(config.plugin)).source)

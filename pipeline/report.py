@@ -53,6 +53,15 @@ class Report:
     decoding: str = "greedy"
     """How tokens were chosen"""
 
+    def breakdowns(self) -> list[str]:
+        """A line for each field that questions differ in."""
+        lines = []
+        for name, groups in self.groups.items():
+            if len(groups) > 1:
+                parts = [f"{value or '(none)'} {right / of:.1%} of {of}" for value, (right, of) in groups.items()]
+                lines.append(f"{self.name} by {name}: " + ", ".join(parts))
+        return lines
+
     @property
     def accuracy(self) -> float:
         return self.right / max(1, self.questions)

@@ -10,22 +10,22 @@ pipeline.score); this one calls them in order, and what is there already is not 
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import evaluate
-from pipeline.config import ROOT, RunConfig, load_config
+from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
 from pipeline.export import FILE, ExportInfo
 from pipeline.judges import Benchmark, JudgeName
 from pipeline.prepare import data_folder, make_data
+from pipeline.released.files import file_hash, place_of
 from pipeline.report import Report, read_reports
 from pipeline.score import score_file
 from pipeline.stats import wilson_interval
@@ -52,24 +52,11 @@ PAPER = {
 JUDGES: tuple[JudgeName, ...] = ("released", "strict", "official")
 
 
-def main(**options: str) -> None:
-    """Data, weights, answers under the recipe's prompt, and a table of what three scorers make of them.
-
-    --recipe: published/NAME or a file; one of --train (trains here, with deepspeed on --ranks processes, all
-    accelerators without it, and --ds FILE), --from released with --weights F.pth (a checkpoint of the paper's authors),
-    --run DIR (a finished run); --out: folder of weights and answers, runs/NAME without it; --split, --limit and --batch
-    as in pipeline.evaluate; --SECTION.FIELD VALUE: any one setting (pipeline/config.py), such as --model.path DIR.
-    """
-    source = options.pop("from", None)
-    if source not in (None, "released"):
-        raise UserError(f"--from {source}: expected released")
-    reproduce(released=source is not None, **cli.bind(reproduce, options))
-
-
-def reproduce(
+def main(
     *,
     recipe: str,
     train: bool = False,
+    from_: Literal["released"] | None = None,
     weights: Path | None = None,
     run: Path | None = None,
     ranks: int | None = None,
@@ -78,16 +65,23 @@ def reproduce(
     split: str = "test",
     limit: int | None = None,
     batch: int = 16,
-    released: bool = False,
     **settings: str,
 ) -> None:
-    """See `main`."""
+    """Data, weights, answers under the recipe's prompt, and a table of what three scorers make of them.
+
+    --recipe: published/NAME or a file, several with commas between them; one of --train (trains here, with deepspeed on
+    --ranks processes, all accelerators without it, and --ds FILE), --from released with --weights F.pth (a checkpoint
+    of the paper's authors), --run DIR (a finished run); --out: folder of weights and answers, runs/NAME without it;
+    --split, --limit and --batch as in pipeline.evaluate; --SECTION.FIELD VALUE: any one setting (pipeline/config.py),
+    such as --model.path DIR.
+    """
+    released = from_ is not None
     problems = [] if released == (weights is not None) else ["--from released and --weights F.pth go together"]
     if not problems and [train, released, run is not None].count(True) != 1:
         problems.append("give one of --train, --from released --weights F.pth, and --run DIR")
     try:
-        path = recipe_file(recipe)
-        config = load_config(path, settings, also=inspect.signature(reproduce).parameters)
+        recipes = [recipe_file(name) for name in recipe.split(",")]
+        config = load_config(recipes, settings, also=cli.options_of(main))
         benchmark = benchmark_of(config)
     except UserError as error:
         raise UserError(*problems, *error.lines) from None
@@ -98,9 +92,9 @@ def reproduce(
     make_data(config, print)
     if train:
         run = out
-        train_run(path, settings, ds, out, ranks)
+        train_run(recipes, settings, ds, out, ranks)
     if weights is not None:
-        export = convert_weights(path, settings, config, weights, out / "released")
+        export = convert_weights(recipes, settings, config, weights, out / "released")
     else:
         assert run is not None
         export = evaluate.exports_of(run)[-1][1]
@@ -151,10 +145,10 @@ def check_export(export: Path, config: RunConfig) -> None:
         raise UserError(*problems)
 
 
-def train_run(recipe: Path, settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
+def train_run(recipes: Sequence[Path], settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
     """All stages, as `deepspeed pipeline/train.py` trains them.  Raises UserError where that fails."""
     command = ["deepspeed", *(["--num_accelerators", str(ranks)] if ranks else []), str(ROOT / "pipeline" / "train.py")]
-    command += ["--ds", str(ds), "--recipe", str(recipe), "--out", str(out)]
+    command += ["--ds", str(ds), "--recipe", ",".join(map(str, recipes)), "--out", str(out)]
     command += [f"--{name}={value}" for name, value in settings.items()]
     say("training", shlex.join(command))
     try:
@@ -165,22 +159,48 @@ def train_run(recipe: Path, settings: Mapping[str, str], ds: Path, out: Path, ra
         raise UserError(f"training ended with status {status}; the same command goes on")
 
 
-def convert_weights(recipe: Path, settings: Mapping[str, str], config: RunConfig, weights: Path, out: Path) -> Path:
-    """The export that `pipeline.convert` makes of a released checkpoint, in `out`; one that is there is taken."""
-    if (out / FILE).is_file():
-        say("weights", f"{out} is there; remove it to convert {weights} again")
-        return out
+def convert_weights(
+    recipes: Sequence[Path], settings: Mapping[str, str], config: RunConfig, weights: Path, out: Path
+) -> Path:
+    """The export that `pipeline.convert` makes of a released checkpoint, in `out`; one that is there is taken.
+
+    Raises UserError where the one that is there was made of other weights, over another base, or with another alpha.
+    """
     if config.model.path is None:
         raise UserError("--from released needs model.path, the base model")
+    if (out / FILE).is_file():
+        check_converted(out, config, weights)
+        say("weights", f"{out} is there, made from {weights}; remove it to convert again")
+        return out
     say("weights", f"{weights} over {config.model.path}")
     command = [sys.executable, "-m", "pipeline.convert", "--from", "released", "--weights", str(weights.resolve())]
-    base = Path(config.model.path)
-    command += ["--base", str(base.resolve() if base.is_dir() else base)]
-    command += ["--recipe", str(recipe.resolve()), "--out", str(out.resolve())]
+    command += ["--base", place_of(config.model.path)]
+    command += ["--recipe", ",".join(str(recipe.resolve()) for recipe in recipes), "--out", str(out.resolve())]
     command += [f"--{name}={value}" for name, value in settings.items() if name != "model.path"]
     if status := subprocess.run(command, cwd=ROOT).returncode:
         raise UserError(f"the weights could not be converted (status {status})")
     return out
+
+
+def check_converted(export: Path, config: RunConfig, weights: Path) -> None:
+    """Raise UserError where an export was not converted from `weights` as the settings say."""
+    made = ExportInfo.read(export).converted
+    assert config.model.path is not None
+    if made is None:
+        raise UserError(f"{export} was not converted from a released file; remove it, or choose another --out")
+    pairs = {
+        "the base model": (made.base, place_of(config.model.path)),
+        "model.lora.alpha": (made.lora_alpha, (config.model.lora or LoraConfig()).alpha),
+        f"SHA-256 of {weights}": (made.weights_hash, file_hash(weights)),
+    }
+    problems = [
+        f"{export} was made from {made.weights}, and {name} is {wanted} now, was {before}; remove it, or choose another"
+        " --out"
+        for name, (before, wanted) in pairs.items()
+        if before != wanted
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def table(config: RunConfig, benchmark: Benchmark, report: Report, answers: Path, limit: int | None) -> list[str]:

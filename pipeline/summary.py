@@ -11,7 +11,7 @@ from pipeline.report import read_reports
 
 
 def main(*, run: Path, split: str = "test") -> None:
-    """Print each stage's last loss and validation, the evaluation of a split, and where everything lies."""
+    """Print each stage's last loss, the evaluation of a split with its breakdowns, and where everything lies."""
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} is not a run folder: it has no metrics.jsonl")
     print("\n".join(lines(run, split)))
@@ -32,6 +32,7 @@ def lines(run: Path, split: str) -> list[str]:
             row += f"{f'{r.accuracy:.1%} ({low:.1%} to {high:.1%})':>28}{r.autoregressive_steps:>17.1f}"
             row += f"{'' if r.seconds is None else format(r.seconds, '.3f'):>12}  {r.name}, N={r.questions}"
         out.append(row)
+    out += [line for stage in sorted(reports) for line in reports[stage].breakdowns()]
     out.append(f"TensorBoard:    tensorboard --logdir {run / 'tensorboard'}")
     exports = [run / "export" / f"stage{s}" for s in sorted(steps) if (run / "export" / f"stage{s}").is_dir()]
     out += [f"exported model: {exports[-1]}"] if exports else []

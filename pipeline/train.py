@@ -33,7 +33,7 @@ from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.batch import Batch
 from pipeline.build import build_parts, make_missing
-from pipeline.config import DEMO_RECIPE, load_config
+from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
 from pipeline.keep import Keeper, full_disk_told
@@ -69,7 +69,7 @@ def main(
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
     overrides |= {f"prompt.{name}": str(value) for name, value in PROMPTS[prompt].items()} if prompt else {}
-    recipes = [Path(name) for name in recipe.split(",")] if recipe else [DEMO_RECIPE]
+    recipes = recipe_paths(recipe) if recipe else [DEMO_RECIPE]
     config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
     plan = make_plan(config, ds, out, stages, resume, world.size)
     lease = Lease(plan.out)
@@ -154,8 +154,8 @@ class Run:
         steps, before = self.parts.stages[stage], sum(lengths[:stage])
         shown = config.curriculum.stages[stage]
         self.log.info(
-            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %d samples an epoch",
-            stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch,
+            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %s",
+            stage, shown.latents, shown.skip, start, len(steps), steps.describe_epoch(),
         )  # fmt: skip
         if start < len(steps):
             self.keeper.begin_stage(stage)

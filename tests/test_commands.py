@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -37,11 +38,12 @@ def test_evaluate_without_shards(tmp_path):
 
 
 def test_evaluate_run(whole_run, data):
-    code, out, err = command("pipeline.evaluate", "--run", whole_run, "--timed", 2, "--max_new_tokens", 12)
+    code, out, err = command("pipeline.evaluate", "--run", whole_run, "--timed", 2)
     assert code == 0, err
     folder = whole_run / "evaluation" / "test"
     reports = {r["name"]: r for r in json.loads((folder / "report.json").read_text())}
     assert reports.keys() == {"explicit", "latent"}
+    assert reports["latent"]["autoregressive_steps"] <= 2 + 12  # eval.max_new_tokens of the run
     assert reports["latent"]["questions"] == 24 and reports["latent"]["seconds"] > 0
     lines = [json.loads(line) for line in (folder / "latent" / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [open_split(data, "test").read(i).id for i in range(24)]
@@ -55,6 +57,7 @@ def test_evaluate_run(whole_run, data):
     total = json.loads((folder / "scores.json").read_text())["total"]
     assert (total["correct"], total["questions"]) == (reports["latent"]["right"], 24), err
     code, out, err = command("pipeline.summary", "--run", whole_run)
+    assert re.search(r"^latent by kind: describe [\d.]+% of \d+, look [\d.]+% of \d+$", out, re.M), out
     assert code == 0 and "latent, N=24" in out and "tensorboard --logdir" in out, err
 
 
@@ -113,6 +116,15 @@ def test_mistakes_give_one_line(whole_run, data, module, options, message):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("module", ["pipeline.convert", "pipeline.reproduce"])
+def test_help_lists_every_option(module):
+    code, out, err = command(module, "--help")
+    assert code == 0, err
+    assert {"--from released (default none)", "--weights path", "--out path"} <= set(
+        re.findall(r"^  (--from .*|--weights path|--out path)", out, re.M)
+    )
 
 
 def test_export_is_plain_transformers(whole_run):

@@ -83,12 +83,12 @@ def test_presets_differ_in_nothing_but_the_method() -> None:
 
 @pytest.fixture(scope="module")
 def idea(tmp_path_factory):
-    """The documentation's example, in a file."""
+    """The documentation's examples of a feedback, in one file."""
     text = (ROOT / "docs" / "new_method.md").read_text()
-    found = re.search(r"`mean_four.py`, anywhere:\n\n```python\n(.*?)```", text, re.DOTALL)
-    assert found
+    found = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@FEEDBACKS.add" in block]
+    assert len(found) == 2 and "`mean_four.py`, anywhere:\n\n```python\n" + found[0] in text
     path = tmp_path_factory.mktemp("idea") / "mean_four.py"
-    path.write_text(found[1])
+    path.write_text("\n".join(found))
     return path
 
 
@@ -101,21 +101,26 @@ def test_functions_of_the_documentation() -> None:
 
 
 def test_an_idea_of_ones_own(data, idea, tmp_path) -> None:
-    """On two ranks under ZeRO-3; its export asks for the file again, and resuming refuses another."""
+    """On two ranks under ZeRO-3; its export asks for the same file again, and resuming refuses another."""
     out = tmp_path / "run"
-    options = ("--plugin", str(idea), "--latent.feedback", "mean_four", "--curriculum.stages", SHORT)
-    train(out, data, *options, ranks=2)
+    options = ("--plugin", str(idea), "--latent.feedback", "layer_mix", "--curriculum.stages", SHORT)
+    log = train(out, data, *options, ranks=2)
+    assert "method: feedback layer_mix, selection attention (2 patches a step" in log and f"plugin {idea} (SHA" in log
+    assert load_file(out / "export" / "stage1" / "latent_parts.safetensors")["feedback.shares"].abs().min() > 0
+    assert (out / "plugin.py").read_text() == idea.read_text()
     evaluate = [sys.executable, "-m", "pipeline.evaluate", "--run", str(out), "--limit", "4", "--max_new_tokens", "6"]
     settings = {"cwd": ROOT, "env": launch.environment(), "capture_output": True, "text": True}
     without = subprocess.run(evaluate, **settings)
     assert without.returncode == 2 and "Traceback" not in without.stderr
-    assert "no feedback is called mean_four" in without.stderr
+    assert "no feedback is called layer_mix" in without.stderr
     assert "(it was trained with --plugin mean_four.py)" in without.stderr
     done = subprocess.run([*evaluate, "--plugin", str(idea)], **settings)
     assert done.returncode == 0, done.stderr
     line = json.loads((out / "evaluation" / "test" / "latent" / "predictions.jsonl").read_text().splitlines()[0])
     assert line["autoregressive_steps"] == 2 + 6
     idea.write_text(idea.read_text() + "# edited\n")
+    refused = subprocess.run([*evaluate, "--plugin", str(idea)], **settings)
+    assert refused.returncode == 2 and "--allow_changed_plugin true answers with it all the same" in refused.stderr
     (out / "stage1.done").unlink()
     code, log = try_train(out, data, *options, ranks=2)
     assert code == 2 and "Traceback" not in log

@@ -31,6 +31,7 @@ TINY = {
 )
 def test_trained_here(tmp_path, recipe, files, paper):
     (tmp_path / "raw").mkdir()
+    (tmp_path / "log.yaml").write_text("train: {log_every: 1}\n")
     files(tmp_path / "raw")
     settings = TINY | {
         "data.path": tmp_path / "data",
@@ -39,7 +40,8 @@ def test_trained_here(tmp_path, recipe, files, paper):
     if recipe.startswith("qwen"):
         settings["prompt.image_size"] = 84
     options = [f"--{name}={value}" for name, value in settings.items()]
-    reproduce = ["pipeline.reproduce", "--recipe", f"published/{recipe}", "--batch", "4", *options]
+    recipes = f"published/{recipe},{tmp_path / 'log.yaml'}"
+    reproduce = ["pipeline.reproduce", "--recipe", recipes, "--batch", "4", *options]
     code, out, err = command(*reproduce, "--train", "--ranks", "1", "--out", tmp_path / "run")
     assert code == 0, err[-3000:]
     assert re.search(rf"^paper +{paper}$", out, re.M), out
@@ -55,6 +57,10 @@ def test_trained_here(tmp_path, recipe, files, paper):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (
+            ["--recipe", "published/qwen2vl_m3cot,published/qwen2vl"],
+            "published/qwen2vl: no such file, and none of best/",
+        ),
         (["--recipe", "published/qwen2vl"], "no such file, and none of best/chameleon_m3cot"),
         (
             ["--recipe", "published/qwen2vl_m3cot"],

@@ -180,13 +180,10 @@ class Chameleon(nn.Module):
 
     def decode(self, embeds: Tensor, positions: Tensor, masks: dict[str, Tensor], latent: Pass) -> Tensor:
         """Final hidden states (B,L,D), after the last norm, of one pass's columns; positions (3,B,L)."""
-        return self.decoder(
-            inputs_embeds=embeds,
-            position_ids=self.position_ids(positions),
-            attention_mask=masks["full_attention"],
-            use_cache=False,
-            latent=latent,
-        ).last_hidden_state
+        where = self.position_ids(positions)
+        return latent.run(
+            self.decoder, inputs_embeds=embeds, position_ids=where, attention_mask=masks["full_attention"]
+        )
 
     @property
     def head(self) -> LabelHead:

@@ -45,10 +45,10 @@ def load_whole(
     return vlm
 
 
-def hidden_size(path: str | Path, revision: str | None = None) -> int:
-    """Width of the language model, from the config alone."""
+def text_config(path: str | Path, revision: str | None = None) -> Any:
+    """transformers' config of the language model, without the model."""
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    return config.get_text_config().hidden_size
+    return config.get_text_config()
 
 
 def incomplete(path: str | Path, names: Iterable[str]) -> UserError:

@@ -9,8 +9,9 @@ Shapes: B rows, H query heads, G key/value heads, D head size, L columns of this
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,19 +98,34 @@ class Pass:
     """Layer -> (B, read_columns) mean over query heads of the last row's softmax, fp32."""
     read_gradient: bool = False
     """Whether what is read stays in the graph."""
+    read_layers: int = 0
+    """Read the hidden states of so many of the last layers at the last column"""
     tape: LayerTape | None = None
     """Layers' outputs, recorded or given back; see `pipeline.latent.recompute`."""
     _biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _layers: list[Tensor] = field(default_factory=list)
 
     def bias(self, mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """`attention_bias` of a mask that many layers share, made once; `end` forgets it."""
+        """`attention_bias` of a mask that many layers share, made once; forgotten when the last layer has run."""
         if id(mask) not in self._biases:
             self._biases[id(mask)] = mask, attention_bias(mask, heads, dtype)  # with the mask: ids are given anew
         return self._biases[id(mask)][1]
 
-    def end(self) -> None:
-        """The last layer has run: with checkpointing, what this holds would be held until backward."""
-        self._biases.clear()
+    def run(self, decoder: Callable[..., Any], **inputs: Any) -> Tensor:
+        """Run a transformers decoder on the pass's columns; its final hidden states (B,L,D), after the last norm."""
+        wanted = list(range(-self.read_layers, 0))
+        out = decoder(**inputs, use_cache=False, latent=self, output_hidden_states=wanted or False)
+        if wanted:  # copied: a view would hold all columns
+            self._layers.append(torch.stack([out.hidden_states[layer][:, -1] for layer in wanted], dim=1))
+        self._biases.clear()  # with checkpointing, what this holds is held until backward
+        return out.last_hidden_state
+
+    def take_layers(self) -> Tensor:
+        """Hidden states (B, read_layers, hidden size) of the last layers at the last column, which are forgotten here.
+
+        The graph holds this object where layers are checkpointed: it must not hold the graph.
+        """
+        return self._layers.pop()
 
     def mean_saliency(self) -> Tensor:
         """s of the paper: plain mean over all layers and query heads, (B, read_columns) fp32."""

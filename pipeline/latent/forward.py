@@ -115,6 +115,8 @@ class LatentForward:
         self.embeds: list[Tensor] = []
         self.steps: list[LatentStep] = []
         self.tips: list[Tensor] = []
+        self.layers: list[Tensor] = []
+        """(B,N,D) by pass, as `tips`: what the last N layers put out, where the method reads it"""
 
     def run_pass(self, embeds: Tensor, positions: Tensor, read: bool) -> Tensor:
         """Feed the newest columns, embeds (B,L,D); their mask is already in `sequence`.
@@ -126,9 +128,11 @@ class LatentForward:
         if self.tape is not None:
             self.tape.start_pass()
         gradient = self.method.weighting.gradient and self.config.latent_grad == "bptt"
-        latent = Pass(len(self.passes), self.kept, columns, read_gradient=gradient, tape=self.tape)
+        layers = self.method.read_layers if read else 0
+        latent = Pass(len(self.passes), self.kept, columns, read_gradient=gradient, read_layers=layers, tape=self.tape)
         hidden = self.backbone.decode(embeds, positions, self.masks(embeds.shape[1]), latent)
-        latent.end()
+        if layers:
+            self.layers.append(last_real(latent.take_layers(), self.layers, self.steps))
         self.passes.append(hidden)
         self.embeds.append(embeds)
         return latent.mean_saliency() if read else hidden.new_empty(0)
@@ -159,7 +163,10 @@ class LatentForward:
             order = filled.long().argsort(dim=1, stable=True)
             columns, filled = columns.gather(1, order), filled.gather(1, order)
         inserted = torch.cat([filled, active[:, None].expand(-1, width)], dim=1)
-        reading = Reading(step, batch, self.prompt_embeds, tuple(self.passes), self.sequence.mask, tip, saliency)
+        layers = self.layers[-1] if self.layers else None
+        reading = Reading(
+            step, batch, self.prompt_embeds, tuple(self.passes), self.sequence.mask, tip, saliency, layers
+        )
         if config.latent_grad == "detach":
             reading = reading.detach()
         self.steps.append(LatentStep(columns, filled, saliency, self.candidates, tip, active, reading, inserted))
@@ -183,5 +190,7 @@ class LatentForward:
 
 
 def last_real(tip: Tensor, before: Sequence[Tensor], steps: Sequence[LatentStep]) -> Tensor:
-    """`tip` (B,D) for rows whose last step inserted a column; for others, what they had `before` that step."""
-    return torch.where(steps[-1].inserted.any(1, keepdim=True), tip, before[-1]) if steps else tip
+    """`tip` (B,...) for rows whose last step inserted a column; for others, what they had `before` that step."""
+    if not steps:
+        return tip
+    return torch.where(steps[-1].inserted.any(1).view(-1, *[1] * (tip.ndim - 1)), tip, before[-1])

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.batch import Batch
 from pipeline.latent.attention import Pass
-from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Reading
+from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Reading, expect
 from pipeline.latent.select import SELECTIONS
 from pipeline.loss import LabelHead
-from pipeline.registry import Registry
+from pipeline.registry import Registry, failures_told
 
 if TYPE_CHECKING:
     from pipeline.latent.forward import Trace
@@ -75,16 +75,32 @@ REGISTRIES: dict[str, Registry[Any]] = {
 class LatentMethod(nn.Module):
     """The parts that a LatentConfig names, with their parameters."""
 
-    def __init__(self, config: LatentConfig, hidden_size: int) -> None:
+    def __init__(self, config: LatentConfig, hidden_size: int, layers: int | None = None) -> None:
+        """layers: of the decoder, where it has been built.  Raises UserError for parts that cannot be made."""
         super().__init__()
         self.config, self.weighting = config, WEIGHTINGS[config.weighting]
-        self.feedback = FEEDBACKS[config.feedback](hidden_size)
-        self.auxiliary = AUXILIARIES[config.auxiliary](hidden_size)
+        with failures_told(f"latent.feedback {config.feedback}"):
+            self.feedback = FEEDBACKS[config.feedback](hidden_size)
+        with failures_told(f"latent.auxiliary {config.auxiliary}"):
+            self.auxiliary = AUXILIARIES[config.auxiliary](hidden_size)
+        kind = type(self.feedback)
+        if self.feedback.width != kind.width:  # a step's columns are counted before there is a model
+            raise UserError(
+                f"latent.feedback {config.feedback}: width is {self.feedback.width} in its __init__, {kind.width} in"
+                " its class; say it in the class"
+            )
+        wanted, there = self.feedback.read_layers, layers or 0
+        if layers is not None and wanted is not True and wanted > there:
+            raise UserError(
+                f"latent.feedback {config.feedback} reads {wanted} layers (read_layers), the model has {there}"
+            )
+        self.read_layers = there if wanted is True else int(wanted)
 
     @classmethod
     def of(cls, config: LatentConfig, backbone: Backbone) -> LatentMethod:
-        """New parts of the backbone's hidden size."""
-        return cls(config, backbone.core.config.get_text_config().hidden_size)
+        """New parts for the backbone's decoder."""
+        text = backbone.core.config.get_text_config()
+        return cls(config, text.hidden_size, text.num_hidden_layers)
 
     def columns(self, step: LatentStep, prompt_embeds: Tensor) -> Tensor:
         """What a step inserts, (B,K+W,D): its patches' input embeddings, then its feedback; zero in masked columns."""
@@ -93,24 +109,19 @@ class LatentMethod(nn.Module):
         vision = prompt_embeds[rows, step.columns]
         factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
         if factors is not None:
-            expect(factors, tuple(step.columns.shape), f"weighting {self.config.weighting}")
+            expect(factors, step.columns.shape, vision.device, f"latent.weighting {self.config.weighting}")
             vision = vision * factors[..., None].to(vision.dtype)
         own = next(self.feedback.parameters(), vision).dtype
-        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own)).to(vision.dtype)
-        expect(text, (len(vision), self.feedback.width, vision.shape[-1]), f"feedback {self.config.feedback}")
-        return torch.cat([vision, text], dim=1) * step.inserted[..., None].to(vision.dtype)
+        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own))
+        shape = (len(vision), self.feedback.width, vision.shape[-1])
+        expect(text, shape, vision.device, f"latent.feedback {self.config.feedback}")
+        return torch.cat([vision, text.to(vision.dtype)], dim=1) * step.inserted[..., None].to(vision.dtype)
 
     def added(self, trace: Trace, batch: Batch) -> Tensor:
         """The auxiliary loss of each row, (B,)."""
         loss = self.auxiliary(trace, batch)
-        expect(loss, (len(batch.latents),), f"auxiliary loss {self.config.auxiliary}")
+        expect(loss, batch.latents.shape, batch.latents.device, f"latent.auxiliary {self.config.auxiliary}")
         return loss
-
-
-def expect(tensor: Tensor, shape: tuple[int, ...], part: str) -> None:
-    """Raise UserError where a part's result has another shape: torch would stretch it, or fail far from here."""
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"latent.{part} returned {tuple(tensor.shape)} in place of {shape}")
 
 
 class Backbone(Protocol):

@@ -12,15 +12,16 @@ Shapes: B rows, P question columns, T columns so far, K patches a step, D hidden
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from pipeline.batch import Batch
-from pipeline.registry import Registry
+from pipeline.registry import Registry, described, expect_call, expect_subclass
 
 if TYPE_CHECKING:
     from pipeline.latent.forward import Trace
@@ -43,6 +44,14 @@ class Reading:
     """(B,D) h of the paper: the final hidden state of the row's last real column"""
     saliency: Tensor
     """(B,P) s of the paper, fp32: the last row's attention, mean over layers and heads"""
+    layers: Tensor | None = None
+    """(B,N,D) hidden states of the decoder's last N layers at that column, N as the feedback's `read_layers` says; the
+    last of them is `tip`, after the decoder's last norm, the others come before it.  None where it says nothing"""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first latent step, before which nothing but the question was read; of all rows alike."""
+        return self.step == 0
 
     @property
     def hidden(self) -> Tensor:
@@ -61,17 +70,31 @@ class Reading:
         """The same in the type of a part's own parameters; itself where that is no other."""
         if dtype == self.tip.dtype:
             return self
-        passes = tuple(hidden.to(dtype) for hidden in self.passes)
-        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype), passes=passes, tip=self.tip.to(dtype))
+        return replace(self._map(lambda hidden: hidden.to(dtype)), prompt_embeds=self.prompt_embeds.to(dtype))
 
     def forget(self) -> Reading:
         """The same without hidden states, which would be held until backward."""
-        return replace(self, passes=(), tip=self.tip[:0])
+        return replace(self, passes=(), tip=self.tip[:0], layers=None)
 
     def detach(self) -> Reading:
         """The same without a graph (`latent_grad: detach`)."""
-        passes = tuple(hidden.detach() for hidden in self.passes)
-        return replace(self, passes=passes, tip=self.tip.detach(), saliency=self.saliency.detach())
+        return replace(self._map(Tensor.detach), saliency=self.saliency.detach())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Reading:
+        """The same with other hidden states."""
+        layers = None if self.layers is None else function(self.layers)
+        return replace(self, passes=tuple(map(function, self.passes)), tip=function(self.tip), layers=layers)
+
+
+def expect(result: Any, shape: Sequence[int], device: torch.device, part: str) -> None:
+    """Raise UserError where a part returned anything else: torch would stretch it, or fail far from here."""
+    shape = tuple(shape)
+    if not isinstance(result, Tensor) or result.is_complex():
+        raise UserError(f"{part} returned {described(result)} in place of a real tensor {shape}")
+    if tuple(result.shape) != shape:
+        raise UserError(f"{part} returned {tuple(result.shape)} in place of {shape}")
+    if result.device != device:
+        raise UserError(f"{part} returned a tensor on {result.device} in place of {device}, where its inputs are")
 
 
 # ---- feedback ---------------------------------------------------------------------------------------------------
@@ -80,6 +103,8 @@ class Feedback(nn.Module, ABC):
 
     width = 1
     """W: columns that a step feeds back, the same in every step"""
+    read_layers: int = 0
+    """N: of how many of the decoder's last layers `Reading.layers` holds hidden states; True: of all"""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -89,7 +114,18 @@ class Feedback(nn.Module, ABC):
         """Input embeddings (B,width,D) of the step's last columns."""
 
 
-FEEDBACKS: Registry[type[Feedback]] = Registry("feedback")
+def check_feedback(part: Any) -> None:
+    expect_subclass(part, Feedback, "hidden_size")
+    expect_call(part.forward, f"{part.__name__}.forward", "self", "reading")
+    if type(part.width) is not int or part.width < 0:
+        raise ValueError(f"{part.__name__}.width is {described(part.width)}, expected a whole number, 0 or more")
+    if not isinstance(part.read_layers, int) or part.read_layers < 0:
+        raise ValueError(
+            f"{part.__name__}.read_layers is {described(part.read_layers)}, expected a number of layers, or True"
+        )
+
+
+FEEDBACKS: Registry[type[Feedback]] = Registry("feedback", check_feedback)
 
 
 @FEEDBACKS.add("hidden")
@@ -132,7 +168,15 @@ class Weighting:
     """Whether gradient flows through s; with `latent_grad: bptt` only"""
 
 
-WEIGHTINGS: Registry[Weighting] = Registry("weighting")
+def check_weighting(part: Any) -> None:
+    if not isinstance(part, Weighting):
+        raise ValueError(f"expected Weighting(function), got {described(part)}")
+    expect_call(part.factors, "its function", "saliency", "columns", "filled")
+    if not isinstance(part.gradient, bool):
+        raise ValueError(f"gradient is {described(part.gradient)}, expected True or False")
+
+
+WEIGHTINGS: Registry[Weighting] = Registry("weighting", check_weighting)
 WEIGHTINGS.add("copy")(Weighting(lambda saliency, columns, filled: None))
 
 
@@ -157,7 +201,12 @@ class Auxiliary(nn.Module, ABC):
         """(B,) fp32: a row's loss, to be added to its mean NLL a token times `latent.auxiliary_weight`."""
 
 
-AUXILIARIES: Registry[type[Auxiliary]] = Registry("auxiliary loss")
+def check_auxiliary(part: Any) -> None:
+    expect_subclass(part, Auxiliary, "hidden_size")
+    expect_call(part.forward, f"{part.__name__}.forward", "self", "trace", "batch")
+
+
+AUXILIARIES: Registry[type[Auxiliary]] = Registry("auxiliary loss", check_auxiliary)
 
 
 @AUXILIARIES.add("none")

@@ -124,9 +124,8 @@ def _fixed_then_whole(
     whole = torch.cat([prompt, *inserted, targets], dim=1)
     if not whole.requires_grad:  # a checkpointed layer has a graph only where its input has one
         whole.requires_grad_()
-    latent = Pass(tape=tape)
-    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), run.masks(whole.shape[1]), latent)
-    latent.end()
+    masks = run.masks(whole.shape[1])
+    hidden = backbone.decode(whole, torch.cat(all_positions, dim=2), masks, Pass(tape=tape))
     for step in run.steps:
         step.reading = step.reading.forget()
     tips: list[Tensor] = []

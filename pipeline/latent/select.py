@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.registry import Registry
+from data_prep.errors import UserError
+from pipeline.latent.parts import expect
+from pipeline.registry import Registry, described, expect_call
 
 PATCH_ORDERS = ("position", "score")
 Ranking = Callable[[Tensor, Tensor, int, Tensor | None, int], Tensor]
-"""(s (B,P) fp32, candidates (B,P) bool, K, row ids (B,) or None, step) -> scores (B,P); the highest are taken"""
+"""(s (B,P) fp32, candidates (B,P) bool, K, row ids (B,) or None, step) -> scores (B,P), of which the highest are
+taken, -inf never"""
+Takes = Literal["k", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,19 @@ class Selection:
     """A way to choose image columns."""
 
     ranking: Ranking
-    takes: Literal["k", "all", "none"] = "k"
+    takes: Takes = "k"
     """How many a step takes: `num_patches`, all that are left, or none"""
 
 
-SELECTIONS: Registry[Selection] = Registry("selection")
+def check_selection(part: Any) -> None:
+    if not isinstance(part, Selection):
+        raise ValueError(f"expected Selection(ranking), got {described(part)}")
+    expect_call(part.ranking, "its ranking", "saliency", "candidates", "num_patches", "row_ids", "step")
+    if part.takes not in get_args(Takes):
+        raise ValueError(f"takes is {described(part.takes)}, expected one of {', '.join(get_args(Takes))}")
+
+
+SELECTIONS: Registry[Selection] = Registry("selection", check_selection)
 
 
 def select_patches(
@@ -47,13 +59,13 @@ def select_patches(
     saliency (B,P) fp32; candidates (B,P) bool, image columns of the row that no earlier step took.
     Returns columns (B,K) int64 and filled (B,K) bool; filled slots come first.  Fewer candidates than K fill fewer
     slots.  Ties go to the lower column, on every device.  `row_ids` (B,) seeds `random`, so that a row's draw
-    depends neither on its batch nor on the rank.
+    depends neither on its batch nor on the rank.  Raises UserError where a ranking is of another shape, or NaN.
     """
     chosen = SELECTIONS[selection]
     if chosen.takes != "k":
         # one column at least, masked where nothing is left: a step may have no other
         num_patches = max(1, int(candidates.sum(1).max())) if chosen.takes == "all" else 0
-    ranking = chosen.ranking(saliency, candidates, num_patches, row_ids, step)
+    ranking = checked(chosen.ranking(saliency, candidates, num_patches, row_ids, step), saliency, candidates, selection)
     ranking = ranking.masked_fill(~candidates, float("-inf"))
     values, columns = ranking.sort(dim=1, descending=True, stable=True)
     missing = num_patches - columns.shape[1]
@@ -66,6 +78,16 @@ def select_patches(
         order = columns.masked_fill(~filled, candidates.shape[1]).argsort(dim=1, stable=True)
         columns, filled = columns.gather(1, order), filled.gather(1, order)
     return columns, filled
+
+
+def checked(ranking: Any, saliency: Tensor, candidates: Tensor, selection: str) -> Tensor:
+    """A selection's scores (B,P), whole numbers as fp64.  Raises UserError where they rank nothing."""
+    part = f"latent.selection {selection}"
+    expect(ranking, saliency.shape, saliency.device, part)
+    # where s itself is no number, the model has diverged, which training says better
+    if (ranking.isnan() & candidates & ~saliency.isnan()).any():
+        raise UserError(f"{part} returned NaN for some image columns; -inf is the score of what is never to be taken")
+    return ranking if ranking.is_floating_point() else ranking.double()
 
 
 def _by_attention(saliency: Tensor, *_) -> Tensor:

@@ -23,12 +23,27 @@ from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_path
+from data_prep.files import atomic_path, sha256
 from pipeline.backbones.weights import incomplete
 from pipeline.keep import full_disk_told
 from pipeline.prepare import in_a_line
 from pipeline.released.form import Form, Skeleton
 from pipeline.user_files import load_json
+
+
+def place_of(model: str) -> str:
+    """A model's folder, whole, or its hub id."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file of many GB.  Raises UserError where it cannot be read."""
+    try:
+        size = path.stat().st_size
+        with tqdm(total=size, desc=f"hash of {path.name}", unit="B", unit_scale=True, mininterval=2) as progress:
+            return sha256(path, progress.update)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 class ModelWeights:

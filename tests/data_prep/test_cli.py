@@ -156,3 +156,26 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "Measure things." in shown
     assert "--size integer (default 3)" in shown
+
+
+def test_help_of_a_command_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that a command hands on are listed under the heading of where they go."""
+
+    def part(*, depth: int, kind: Literal["a", "b"] = "a") -> None: ...
+
+    cli.run(command, ["--help"], parts={"deep": part})
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n\ndeep:\n  --depth integer (required)\n  --kind a|b (default a)\n")
+
+
+def test_options_with_names_that_python_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    def keeps(*, from_: int) -> None:
+        print(from_)
+
+    cli.run(keeps, ["--from", "3"])
+    cli.run(keeps, ["--help"])
+    assert capsys.readouterr().out.startswith("3\n")
+    assert cli.options_of(keeps).keys() == {"from"}
+    with pytest.raises(SystemExit):
+        cli.run(keeps, ["--from_", "3"])
+    assert "unknown option --from_; did you mean --from?" in capsys.readouterr().err

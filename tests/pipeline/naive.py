@@ -129,9 +129,18 @@ def smallest_gap(scores: Tensor) -> float:
 
 def full_pass(vlm: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Final hidden states (T,D) and attention maps (layers,H,T,T) of a whole prefix."""
-    window = getattr(vlm.config.get_text_config(), "sliding_window", None)
-    out = family_of(vlm).decode(vlm, embeds, positions, masks(len(embeds), window))
+    out = run_whole(vlm, embeds, positions)
     return out.last_hidden_state[0], torch.cat(out.attentions)
+
+
+def last_layers(vlm: Any, embeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Hidden states (count,D) of the last layers at the last column, as transformers counts them."""
+    return torch.cat(run_whole(vlm, embeds, positions).hidden_states)[-count:, -1]
+
+
+def run_whole(vlm: Any, embeds: Tensor, positions: Tensor) -> Any:
+    window = getattr(vlm.config.get_text_config(), "sliding_window", None)
+    return family_of(vlm).decode(vlm, embeds, positions, masks(len(embeds), window))
 
 
 def masks(total: int, window: int | None) -> dict[str, Tensor]:

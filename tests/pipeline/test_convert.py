@@ -227,18 +227,31 @@ def test_reproduced_from_a_released_file(untied, tmp_path, data, capsys):
         "model.path": untied.base, "data.path": data, "prompt.image_size": 84, "latent.num_patches": 2, "limit": 2,
         "eval.max_new_tokens": 3, "out": tmp_path / "out", "weights": untied.write(tmp_path / "f.pth"),
     }  # fmt: skip
-    words = {name: str(value) for name, value in settings.items()}
-    words |= {"recipe": "published/qwen2vl_m3cot", "from": "released"}
-    reproduce.main(**words)
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("name: laid_over\ncurriculum: {groups: 2}\n")
+
+    def run_again(**changed) -> None:
+        words = {name: str(value) for name, value in (settings | changed).items()}
+        words |= {"recipe": f"published/qwen2vl_m3cot,{groups}", "from": "released"}
+        reproduce.main(**cli.bind(reproduce.main, words))
+
+    run_again()
     said = capsys.readouterr().out
     assert "71.8%" in said and "asked as released" in said
     judges = [line.split()[1] for line in said.splitlines() if line.startswith("here, ")]
     assert judges == ["released", "strict", "official"]
-    assert ExportInfo.read(tmp_path / "out" / "released").latent == PUBLISHED
-    reproduce.main(**words)
-    assert "is there; remove it to convert" in capsys.readouterr().out
+    assert "laid_over, m3cot: 2 questions" in said
+    info = ExportInfo.read(tmp_path / "out" / "released")
+    assert info.latent == PUBLISHED and info.groups == 2
+    run_again()
+    assert "is there, made from" in capsys.readouterr().out
     with pytest.raises(UserError, match="released: latent is not the recipe's"):  # of another K
-        reproduce.main(**words | {"latent.num_patches": "3"})
+        run_again(**{"latent.num_patches": 3})
+    with pytest.raises(UserError, match="made from f.pth, and model.lora.alpha is 6 now, was 16; remove it, or choose"):
+        run_again(**{"model.lora.alpha": 6})
+    with pytest.raises(UserError, match="made from f.pth, and SHA-256 of .*other.pth is .* now, was"):
+        other = edited(untied, tmp_path / "other.pth", lambda state: state[LORA_A].mul_(2))
+        run_again(weights=other)
 
 
 def test_settings_of_a_recipe(untied, tmp_path):
@@ -486,6 +499,9 @@ def test_bases_that_do_not_fit(untied, tied, tmp_path, capsys):
         (["--exports", "adapter"], "unknown option --exports"),
         (["--benchmark", "vqa"], "--benchmark vqa: expected one of m3cot, scienceqa"),
         (["--prompt.answer", "word"], "prompt.answer: Input should be 'letter' or 'index'"),
+        (["--model.backbone", "chameleon"], "is qwen2_vl"),
+        (["--model.path", "elsewhere"], "--model.path elsewhere: --base"),
+        (["--recipe", str(ROOT / "recipes/published/chameleon_m3cot.yaml")], "model.backbone chameleon: --base"),
     ],
 )
 def test_options_that_do_not_fit(untied, tmp_path, capsys, options, message):

@@ -53,7 +53,7 @@ def trained(base: Path) -> torch.nn.Module:
 
 
 def convert(base: Path, weights: Path, out: Path, **options: str) -> None:
-    words = {"from": "released", "weights": str(weights), "base": str(base), "out": str(out)}
+    words = {"from_": "released", "weights": str(weights), "base": str(base), "out": str(out)}
     main(**words, **{"benchmark": "scienceqa", "latent.num_patches": "2"}, **options)
 
 

@@ -207,6 +207,18 @@ def test_where_keeps_the_rows_that_match(index: ShardIndex, builder: RowBuilder)
         assert sorted(chain(*(rows(rank[step]) for rank in ranks for step in epoch))) == wanted
 
 
+def test_an_epoch_is_described(index: ShardIndex, builder: RowBuilder) -> None:
+    """How many samples it takes, of how many, and why not all."""
+    assert steps(index, builder).describe_epoch() == f"{SAMPLES} samples an epoch, of {SAMPLES} there are"
+    assert steps(index, builder, last_batch="drop").describe_epoch() == f"16 samples an epoch, of {SAMPLES} there are"
+    look = StageConfig(latents=0, skip=0, epochs=1, where={"kind": ["look", "follow"]})
+    count = sum(index.read(i).fields["kind"] in ("look", "follow") for i in range(SAMPLES))
+    assert steps(index, builder, stage=0, stages=[look]).describe_epoch() == (
+        f"{count} samples an epoch, of the {count} whose kind is look or follow (curriculum.stages.where), of {SAMPLES}"
+        " there are"
+    )
+
+
 def test_where_asks_for_every_field(index: ShardIndex, builder: RowBuilder) -> None:
     where = {"kind": ["look"], "absent": ["x"]}
     assert len(matching(index, where)) == 0

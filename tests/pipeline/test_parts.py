@@ -10,25 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline import registry
 from pipeline.batch import Row, collate
 from pipeline.config import load_config
 from pipeline.export import PARTS as PARTS_FILE
 from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
-from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Auxiliary, Feedback, Reading, Weighting
+from pipeline.latent.parts import (
+    AUXILIARIES,
+    FEEDBACKS,
+    WEIGHTINGS,
+    Auxiliary,
+    Feedback,
+    HiddenState,
+    Reading,
+    Weighting,
+)
 from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
-from pipeline.registry import Registry, load_plugin
-from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass
+from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass, last_layers
 from tests.pipeline.tiny import Shape, family_of, make_row, tiny_models
 
 SCHEDULES = {
@@ -218,7 +224,12 @@ def test_a_part_with_parameters_in_bf16(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ({"feedback": "odd"}, lambda *_: torch.zeros(4, 64), r"latent.feedback odd returned \(4, 64\) in place of"),
         ({"weighting": "odd"}, lambda s, c, f: torch.ones(4, 1), r"latent.weighting odd returned \(4, 1\) in place of"),
-        ({"auxiliary": "odd"}, lambda *_: torch.ones(4, 1), r"latent.auxiliary loss odd returned \(4, 1\) in place of"),
+        (
+            {"feedback": "odd"},
+            lambda *_: None,
+            r"latent.feedback odd returned None \(NoneType\) in place of a real ten",
+        ),
+        ({"auxiliary": "odd"}, lambda *_: torch.ones(4, 1), r"latent.auxiliary odd returned \(4, 1\) in place of"),
     ],
 )
 def test_results_of_another_shape_are_refused(models, monkeypatch, options, part, said) -> None:
@@ -278,6 +289,66 @@ def test_norm_loss(models: tuple[Backbone, nn.Module]) -> None:
     assert float(difference) == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
+class MeanOfLayers(Feedback):
+    read_layers = 2
+
+    def forward(self, reading: Reading) -> Tensor:
+        assert reading.layers is not None and reading.layers.shape[1] == 2
+        assert reading.first == (len(reading.passes) == 1)
+        return reading.layers.mean(1, keepdim=True)
+
+
+class NaiveLayers(NaiveRow):
+    """The definition with the mean of the last two layers' hidden states in place of h."""
+
+    def append(self, embeds: Tensor) -> None:
+        if len(self.steps) > getattr(self, "taken", 0):
+            self.taken = len(self.steps)
+            mean = last_layers(self.vlm, self.embeds, self.positions, 2).mean(0)
+            embeds = torch.cat([embeds[:-1], (mean.detach() if self.config.latent_grad == "detach" else mean)[None]])
+        super().append(embeds)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join([way[0], way[1], "checkpointed" if way[2] else "plain"]))
+def test_hidden_states_of_layers(models: tuple[Backbone, nn.Module], monkeypatch, way: tuple) -> None:
+    """Loss, every gradient and answers equal the definition's."""
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", MeanOfLayers)
+    backbone, stock = models
+    method = method_of(backbone, latent_grad=way[0], feedback="layers")
+    rows = rows_of(stock, [2, 0, 3, 1])
+    batch = collate(rows, family_of(stock).format, 3)
+    with checkpointed(backbone, way[2]):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([backbone.core], nll.mean())
+    expected = torch.cat([NaiveLayers(stock, row, method.config).nll() for row in rows])
+    torch.testing.assert_close(nll, expected, atol=5e-5, rtol=0)
+    for found, gradient in zip(ours, gradients([stock], expected.mean()), strict=True):
+        assert (found - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7
+    backbone.eval()
+    with torch.no_grad():
+        answers = generate(backbone, batch, method, Decoding(NEW, 10**6)).tokens
+        assert answers == [NaiveLayers(stock, row, method.config).answer(NEW, 10**6) for row in rows]
+    backbone.train()
+
+
+def test_layers_cost_nothing_unless_asked_for(models: tuple[Backbone, nn.Module], monkeypatch) -> None:
+    """The last of them is h; True reads all; more than the model has are refused; others get none."""
+    backbone, stock = models
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
+    reading = latent_forward(backbone, batch, method_of(backbone)).steps[2].reading
+    assert reading.layers is None
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", type("All", (HiddenState,), {"read_layers": True}))
+    reading = latent_forward(backbone, batch, method_of(backbone, feedback="layers")).steps[2].reading
+    assert reading.layers is not None and reading.layers.shape == (4, 3, 64)
+    assert torch.equal(reading.layers[:, -1], reading.tip)
+    assert reading.to(torch.bfloat16).layers.dtype == torch.bfloat16 and reading.forget().layers is None
+    assert reading.layers.requires_grad and not reading.detach().layers.requires_grad
+    monkeypatch.setitem(FEEDBACKS._parts, "layers", type("Four", (HiddenState,), {"read_layers": 4}))
+    with pytest.raises(UserError, match=r"latent.feedback layers reads 4 layers \(read_layers\), the model has 3"):
+        method_of(backbone, feedback="layers")
+
+
 def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
     """The newest real columns of each row, across passes and past masked ones."""
     backbone, stock = models
@@ -292,54 +363,19 @@ def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
         torch.testing.assert_close(hidden[i], expected, atol=1e-4, rtol=0)
 
 
-# ---- names and plugins ------------------------------------------------------------------------------------------
-def test_names_are_checked() -> None:
-    with pytest.raises(
-        ValidationError, match=r"no feedback is called hiden; did you mean hidden\? \(hidden, pause, none"
-    ):
-        LatentConfig(feedback="hiden")
-    things: Registry[int] = Registry("thing")
-    things.add("one")(1)
-    assert things["one"] == 1
-    with pytest.raises(UserError, match="a thing called one exists already"):
-        things.add("one")(2)
-
-
-MEAN = """
-from torch import Tensor
-from pipeline.latent.parts import FEEDBACKS, Feedback, Reading
-
-@FEEDBACKS.add("{name}")
 class MeanOfFour(Feedback):
     def forward(self, reading: Reading) -> Tensor:
         hidden, there = reading.last(4)
         return (hidden * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
-"""
 
 
-def test_a_plugin_adds_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the command line or a recipe, and before its names are checked."""
-    monkeypatch.setattr(registry, "_loaded", set())
-    for number, way in enumerate(("recipe", "option")):
-        name, file = f"mean_{way}", tmp_path / f"idea{number}.py"
-        file.write_text(MEAN.format(name=name))
-        recipe = tmp_path / "recipe.yaml"
-        text = f"latent: {{feedback: {name}}}\nmodel: {{path: x}}\ndata: {{path: x}}\n"
-        recipe.write_text(text + (f"plugin: {file}\n" if way == "recipe" else ""))
-        config = load_config(recipe, {"plugin": str(file)} if way == "option" else {})
-        assert config.latent.feedback == name and name in FEEDBACKS
-        load_plugin(file)  # again: nothing happens
-
-
-def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_path: Path) -> None:
+def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, stock = models
-    name = f"mean_of_{family_of(stock).backbone.MODEL_TYPE}"
-    (tmp_path / "mean.py").write_text(MEAN.format(name=name))
-    load_plugin(tmp_path / "mean.py")
+    monkeypatch.setitem(FEEDBACKS._parts, "mean", MeanOfFour)
     batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
     found = {}
     for way, schedule in SCHEDULES.items():
-        method = method_of(backbone, feedback=name, latent_grad="detach")
+        method = method_of(backbone, feedback="mean", latent_grad="detach")
         with checkpointed(backbone, way == "whole-layers"):
             trace = latent_forward(backbone, batch, method, schedule)
             nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
@@ -350,26 +386,6 @@ def test_a_part_of_one_own_equals_itself_in_every_schedule(models: tuple, tmp_pa
             assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-7
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("x = 1\nraise ValueError('no')\n", r"bad.py, line 2: ValueError: no"),
-        ("x = (\n", r"bad.py, line 1: SyntaxError"),
-        ("import no_such_module\n", r"bad.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
-        (
-            "from pipeline.latent.parts import *\nFEEDBACKS.add('pause')(Pause)\n",
-            "a feedback called pause exists already",
-        ),
-        (None, "there is no such file"),
-    ],
-)
-def test_bad_plugin(tmp_path: Path, text: str | None, said: str) -> None:
-    if text is not None:
-        (tmp_path / "bad.py").write_text(text)
-    with pytest.raises(UserError, match=said):
-        load_plugin(tmp_path / "bad.py")
-
-
 def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: {path: x}\ndata: {path: x}\nlatent: {feedback: none, selection: none}\n")
     with pytest.raises(UserError, match="a latent step would have no column"):
@@ -378,4 +394,13 @@ def test_a_step_without_a_column_is_refused(tmp_path: Path) -> None:
 
 def test_reading_is_all_that_a_part_sees() -> None:
     """docs/new_method.md lists these."""
-    assert [*Reading.__dataclass_fields__] == ["step", "batch", "prompt_embeds", "passes", "mask", "tip", "saliency"]
+    assert [*Reading.__dataclass_fields__] == [
+        "step",
+        "batch",
+        "prompt_embeds",
+        "passes",
+        "mask",
+        "tip",
+        "saliency",
+        "layers",
+    ]

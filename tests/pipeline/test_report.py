@@ -22,6 +22,13 @@ def test_fields_of_too_many_values_are_no_breakdown() -> None:
     assert breakdown_fields([{"a": ""}, {"b": "x"}]) == ["a", "b"]
 
 
+def test_breakdowns_as_text() -> None:
+    """Of fields that questions differ in."""
+    groups = {"topic": {"": (1, 4), "x": (6, 6)}, "grid": {"3": (7, 10)}}
+    report = Report("latent", 3, 10, 7, 0, 10.0, None, groups)
+    assert report.breakdowns() == ["latent by topic: (none) 25.0% of 4, x 100.0% of 6"]
+
+
 def test_reports_are_read_as_written(tmp_path: Path) -> None:
     assert read_reports(tmp_path) == []
     report = Report("latent", 3, 10, 6, 1, 10.0, None, {"topic": {"x": (6, 10)}})

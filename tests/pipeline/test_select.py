@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.latent.select import PATCH_ORDERS, SELECTIONS, select_patches, selection_entropy
+from data_prep.errors import UserError
+from pipeline.latent.select import PATCH_ORDERS, SELECTIONS, Selection, select_patches, selection_entropy
 
 RANKED = [name for name in SELECTIONS if SELECTIONS[name].takes == "k"]
 
@@ -210,6 +212,47 @@ def test_no_column_is_taken_twice(rows: tuple[Tensor, Tensor], num_patches: int,
             seen[i] += taken.tolist()
             free[i, taken] = False
     assert [sorted(row) for row in seen] == [row.nonzero()[:, 0].tolist() for row in candidates]
+
+
+# ---- rankings of one's own --------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        (lambda s, *_: torch.tensor([[3, 1, 2, 9]]), [0, 3]),
+        (lambda s, *_: torch.tensor([[2, 7, 2, 1]], dtype=torch.uint8), [0, 1]),
+        (lambda s, *_: torch.tensor([[False, True, False, True]]), [1, 3]),
+        (lambda s, *_: torch.tensor([[0.0, -math.inf, -math.inf, math.inf]]), [0, 3]),
+        (lambda s, *_: torch.tensor([[-math.inf, -math.inf, 0.0, -math.inf]]).bfloat16(), [2]),
+        (lambda s, *_: torch.tensor([[1.0, math.nan, 2.0, 3.0]]), [2, 3]),  # a column that is not free
+    ],
+)
+def test_rankings_of_any_type(monkeypatch: pytest.MonkeyPatch, ranking: Any, expected: list[int]) -> None:
+    """-inf is never taken."""
+    monkeypatch.setitem(SELECTIONS._parts, "own", Selection(ranking))
+    free = [0, 2, 3] if expected == [2, 3] else [0, 1, 2, 3]
+    assert chosen(*row([0.1, 0.2, 0.3, 0.4], free), 2, selection="own") == expected
+
+
+@pytest.mark.parametrize(
+    ("ranking", "said"),
+    [
+        (lambda s, *_: s / 0 * 0, "latent.selection own returned NaN for some image columns; -inf is the score of"),
+        (lambda s, *_: s[0], r"latent.selection own returned \(4,\) in place of \(1, 4\)"),
+        (lambda s, *_: s.tolist(), r"latent.selection own returned .* \(list\) in place of a real tensor \(1, 4\)"),
+        (lambda s, *_: s.to("meta"), "latent.selection own returned a tensor on meta in place of cpu, where its inp"),
+        (lambda s, *_: s + 1j, r"latent.selection own returned .* in place of a real tensor \(1, 4\)"),
+    ],
+)
+def test_rankings_that_rank_nothing(monkeypatch: pytest.MonkeyPatch, ranking: Any, said: str) -> None:
+    monkeypatch.setitem(SELECTIONS._parts, "own", Selection(ranking))
+    with pytest.raises(UserError, match=said):
+        chosen(*row([0.1, 0.2, 0.3, 0.4]), 2, selection="own")
+
+
+def test_a_diverged_model_is_not_the_selection_s_fault() -> None:
+    """Training stops at a loss that is no number, and says so better."""
+    saliency, candidates = row([math.nan] * 4)
+    assert select_patches(saliency, candidates, 2, selection="least")[0].shape == (1, 2)
 
 
 # ---- entropy ----------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class TinyQwen:
             attention_mask=masks,
             use_cache=False,
             output_attentions=True,
+            output_hidden_states=True,
         )
 
     def generate_images(self, stock: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -156,6 +157,7 @@ class TinyChameleon:
             attention_mask=masks["full_attention"],
             use_cache=False,
             output_attentions=True,
+            output_hidden_states=True,
         )
 
     def logits(self, stock: nn.Module, hidden: Tensor) -> Tensor:
