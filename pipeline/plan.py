@@ -21,7 +21,7 @@ from pipeline.user_files import read_yaml
 FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",
     "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
+    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.trace", "train.export",
     "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
@@ -39,6 +39,14 @@ class Plan:
     starts: dict[int, Checkpoint]
     """What a stage begins with; one that is not here goes on from the stage before it, or from the base model"""
     triangle: Triangle
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.ds["zero_optimization"]["stage"])
+
+    def fits(self, start: Checkpoint) -> bool:
+        """Whether a checkpoint is of as many ranks and the same ZeRO stage, so that each rank takes its own share."""
+        return (start.state.world, start.state.zero_stage) == (self.triangle.world, self.zero_stage)
 
     def start_step(self, stage: int) -> int:
         """Steps of a stage that are done already."""
@@ -139,10 +147,10 @@ def where_to_start(
                 )
         if start is not None:
             starts[stage], state = start, start.state
-            if (state.world, state.zero_stage) != (world, zero):
+            if (state.world, state.zero_stage) != (world, zero) and resume != "elastic":
                 raise UserError(
                     f"{start.path} was written by {state.world} ranks under ZeRO-{state.zero_stage};"
-                    f" it cannot be resumed by {world} ranks under ZeRO-{zero}"
+                    f" it cannot be resumed by {world} ranks under ZeRO-{zero} without --resume elastic"
                 )
     return left, starts
 

@@ -23,7 +23,7 @@ from pipeline.plan import (
 )
 
 STATE = RunState(
-    stage=0, step=8, stage_steps=8, global_step=8, samples=64, world=1, zero_stage=2, index_hash="i", base_hash="b",
+    stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i", base_hash="b",
     settings_hash="s",
 )  # fmt: skip
 
