@@ -23,8 +23,8 @@ from pipeline.plan import (
 )
 
 STATE = RunState(
-    stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i", base_hash="b",
-    settings_hash="s",
+    stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i",
+    base_hash="b", settings_hash="s",
 )  # fmt: skip
 
 
@@ -112,8 +112,11 @@ def test_resume_never(tmp_path: Path) -> None:
 def test_other_ranks_or_zero_stage(tmp_path: Path) -> None:
     checkpoints = run_folder(tmp_path, 0, inside={1: 3})
     for world, zero in ((2, 2), (1, 3)):
-        with pytest.raises(UserError, match=f"cannot be resumed by {world} ranks under ZeRO-{zero}"):
+        refusal = f"cannot be resumed by {world} ranks under ZeRO-{zero} without --resume elastic"
+        with pytest.raises(UserError, match=refusal):
             where_to_start(checkpoints, [1], 3, "auto", world, zero)
+        left, starts = where_to_start(checkpoints, [1], 3, "elastic", world, zero)
+        assert left == [1] and (starts[1].state.stage, starts[1].state.step) == (1, 3)
 
 
 # ---- the same settings ------------------------------------------------------------------------
