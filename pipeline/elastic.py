@@ -48,7 +48,7 @@ def load(
     """Put a checkpoint's parameters and optimizer into the engine; all ranks call it together.
 
     The optimizer begins anew, and the log says so, where the two ZeRO stages name its state differently (3 and below).
-    without_frozen: frozen weights are not in the checkpoint; the engine has them from the base, whose hash was compared.
+    without_frozen: frozen weights are not in the checkpoint; the engine has them from the base, whose hash is the same.
     Raises UserError, on every rank, where a file is not as it was written or the checkpoint cannot be converted.
     """
     state, stage = checkpoint.state, engine.zero_optimization_stage()

@@ -18,7 +18,6 @@ from pipeline.prompt import RowBuilder
 from tests.launch import TINY, losses, train
 
 
-
 def stopped(run: Path, out: Path, stage: int, step: int) -> Path:
     """A copy of a run as it would be had it ended at a checkpoint; metrics of lost steps stay, as after a crash."""
     shutil.copytree(run, out)

@@ -127,9 +127,9 @@ def test_decay_after_a_load_that_gave_all_groups_the_first_ones() -> None:
 def test_traced_order_is_that_of_the_global_batch(monkeypatch: pytest.MonkeyPatch, world: int, micro: int) -> None:
     rows = torch.arange(8).numpy()
     parts = [
-        [SimpleNamespace(keys=[f"row{i}" if i >= 0 else "" for i in part]) for part in rank_share(rows, r, world, micro)]
-        for r in range(world)
+        [f"row{i}" if i >= 0 else "" for part in rank_share(rows, rank, world, micro) for i in part]
+        for rank in range(world)
     ]
-    monkeypatch.setattr(distributed, "gather", lambda _: [[k for batch in part for k in batch.keys] for part in parts])
-    own: Any = parts[0]
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, *parts[1:]])
+    own: Any = [SimpleNamespace(keys=parts[0])]
     assert training.rows_of_step(own) == [f"row{i}" for i in rows]
