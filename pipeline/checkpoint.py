@@ -42,6 +42,10 @@ class RunState:
     """Steps of all stages that are done"""
     samples: int
     """Rows of this stage that were consumed"""
+    epoch: int
+    """Epochs of this stage that are complete"""
+    seed: int
+    """Seed of the order: with stage, samples and index the place in the data, for any number of ranks"""
     world: int
     zero_stage: int
     index_hash: str
@@ -78,6 +82,32 @@ class Checkpoint:
             if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
                 return name
         return ""
+
+
+def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkpoint:
+    """Make what ranks wrote to `writing` a checkpoint: state, hashes, its own name; all ranks call it together."""
+    if world.main:
+        (writing / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+    distributed.barrier()
+    files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
+    mine = {str(p.relative_to(writing)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifests = distributed.gather(mine)
+    if world.main:
+        manifest = {name: entry for part in manifests for name, entry in part.items()}  # type: ignore[attr-defined]
+        write_atomic(writing / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(writing, path)
+    distributed.barrier()
+    return Checkpoint(path, state)
+
+
+def refuse_damaged(checkpoint: Checkpoint, world: World) -> None:
+    """Raise UserError, on every rank, where a file is not as it was written; all ranks call it together."""
+    damaged = [name for name in distributed.gather(checkpoint.damaged(world.rank, world.size)) if name]
+    if damaged:
+        raise UserError(
+            f"checkpoint {checkpoint.path}: {damaged[0]} is damaged; remove this folder to use the one before"
+        )
 
 
 class Checkpoints:
@@ -129,21 +159,11 @@ class Checkpoints:
             str(self.folder), tag=WRITING, save_latest=False, exclude_frozen_parameters=without_frozen
         )
         distributed.barrier()
+        checkpoint = complete(writing, self.path_of(state), state, world)
         if world.main:
-            (writing / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+            write_atomic(self.folder / "latest", checkpoint.path.name + "\n")
         distributed.barrier()
-        files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
-        mine = {str(p.relative_to(writing)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        path = self.path_of(state)
-        manifests = distributed.gather(mine)
-        if world.main:
-            manifest = {name: entry for part in manifests for name, entry in part.items()}  # type: ignore[attr-defined]
-            write_atomic(writing / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(writing, path)
-            write_atomic(self.folder / "latest", path.name + "\n")
-        distributed.barrier()
-        return Checkpoint(path, state)
+        return checkpoint
 
     def load(
         self, engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, world: World, without_frozen: bool
@@ -152,11 +172,7 @@ class Checkpoints:
 
         Raises UserError, on every rank, where a file is not as it was written.
         """
-        damaged = [name for name in distributed.gather(checkpoint.damaged(world.rank, world.size)) if name]
-        if damaged:
-            raise UserError(
-                f"checkpoint {checkpoint.path}: {damaged[0]} is damaged; remove this folder to use the one before"
-            )
+        refuse_damaged(checkpoint, world)
         loaded, _ = engine.load_checkpoint(
             str(self.folder),
             tag=checkpoint.path.name,

@@ -146,6 +146,8 @@ class TrainConfig(Section):
     val_batch: int = Field(16, ge=1)
     """Rows that one rank decodes at once."""
     log_every: int = Field(10, ge=1)
+    trace: bool = False
+    """Name the rows of every step in metrics.jsonl, in the order of the global batch."""
     export: Literal["stages", "last", "none"] = "stages"
     """Which stage ends are exported to Hugging Face format."""
 

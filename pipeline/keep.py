@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline import distributed
+from pipeline import distributed, elastic
 from pipeline.build import Parts, without_frozen
 from pipeline.checkpoint import Checkpoint, Checkpoints, RunState
 from pipeline.distributed import World
@@ -41,8 +41,10 @@ class Keeper:
             stage_steps=length,
             global_step=global_steps,
             samples=done * self.plan.triangle.global_batch,
+            epoch=done // self.parts.stages[stage].steps_per_epoch,
+            seed=self.config.train.seed,
             world=self.world.size,
-            zero_stage=self.plan.ds["zero_optimization"]["stage"],
+            zero_stage=self.plan.zero_stage,
             index_hash=self.parts.indexes["train"].index_hash,
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
@@ -65,8 +67,16 @@ class Keeper:
             self.checkpoints.prune(self.config.train.keep_checkpoints)
 
     def load(self, start: Checkpoint) -> None:
-        """Put a checkpoint into the engine."""
-        self.checkpoints.load(self.parts.engine, start, self.world, without_frozen(self.config))
+        """Put a checkpoint into the engine, converted first if other ranks or another ZeRO stage wrote it.
+
+        Raises UserError, on every rank, where that cannot be.
+        """
+        if self.plan.fits(start):
+            self.checkpoints.load(self.parts.engine, start, self.world, without_frozen(self.config))
+        else:
+            elastic.load(self.parts.engine, start, self.world, without_frozen(self.config), self.log)
+        if self.world.main:
+            elastic.remove_converted(self.out)
         self.log.info("resumed from %s", start.path)
 
     def best(self, stage: int) -> float:

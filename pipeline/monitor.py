@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,8 +156,8 @@ class Monitor:
             ]
             write_atomic(self._steps, b"".join(kept))
 
-    def step(self, global_step: int, exact: dict[str, float | int]) -> None:
-        """Numbers of every step, as they are, to `metrics.jsonl`."""
+    def step(self, global_step: int, exact: Mapping[str, float | int | list[str]]) -> None:
+        """Numbers and rows of every step, as they are, to `metrics.jsonl`."""
         if self._main:
             self._file.write(json.dumps({"global_step": global_step, **exact}) + "\n")
 

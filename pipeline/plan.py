@@ -22,7 +22,7 @@ from pipeline.user_files import read_yaml
 FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",
     "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
+    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.trace", "train.export",
     "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
@@ -41,6 +41,14 @@ class Plan:
     """What a stage begins with; one that is not here goes on from the stage before it, or from the base model"""
     triangle: Triangle
 
+    @property
+    def zero_stage(self) -> int:
+        return int(self.ds["zero_optimization"]["stage"])
+
+    def fits(self, start: Checkpoint) -> bool:
+        """Whether a checkpoint is of as many ranks and the same ZeRO stage, so that each rank takes its own share."""
+        return (start.state.world, start.state.zero_stage) == (self.triangle.world, self.zero_stage)
+
     def start_step(self, stage: int) -> int:
         """Steps of a stage that are done already."""
         start = self.starts.get(stage)
@@ -53,6 +61,8 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"--out {out}: {there} is a file")
+    if set(str(out)) & set("*?["):
+        raise UserError(f"--out {out}: DeepSpeed takes * ? [ for a pattern and would not find its checkpoints there")
     problems: list[str] = []
 
     def attempt(check: Any, *args: Any) -> Any:
@@ -85,6 +95,7 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
         count, zero = len(config.curriculum.stages), ds["zero_optimization"]["stage"]
         found = attempt(where_to_start, Checkpoints(out), wanted, count, resume, world, zero)
         wanted, starts = found or (wanted, starts)
+        attempt(check_split, config, starts, world)
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return Plan(config, ds, out, wanted, starts, triangle)
@@ -140,12 +151,22 @@ def where_to_start(
                 )
         if start is not None:
             starts[stage], state = start, start.state
-            if (state.world, state.zero_stage) != (world, zero):
+            if (state.world, state.zero_stage) != (world, zero) and resume != "elastic":
                 raise UserError(
                     f"{start.path} was written by {state.world} ranks under ZeRO-{state.zero_stage};"
-                    f" it cannot be resumed by {world} ranks under ZeRO-{zero}"
+                    f" it cannot be resumed by {world} ranks under ZeRO-{zero} without --resume elastic"
                 )
     return left, starts
+
+
+def check_split(config: RunConfig, starts: Mapping[int, Checkpoint], world: int) -> None:
+    """Raise UserError where other ranks would change the loss, which is a mean over micro-batches."""
+    others = [start for start in starts.values() if start.state.world != world]
+    if others and config.optim.loss_norm == "micro_batch":
+        raise UserError(
+            f"{others[0].path} was written by {others[0].state.world} ranks, and optim.loss_norm micro_batch depends on"
+            f" how ranks split the rows; go on with as many"
+        )
 
 
 def stages_done(run: Path, newest: Mapping[int, Checkpoint], count: int) -> set[int]:
@@ -200,13 +221,14 @@ def check_same_run(config: RunConfig, out: Path) -> None:
     Checkpoints hold a hash, which decides; config.yaml, which anybody may have edited or removed, names the settings.
     """
     now = settings_hash(config)
-    others = [c.path for c in Checkpoints(out).all() if c.state.settings_hash != now]
+    others = [c for c in Checkpoints(out).all() if c.state.settings_hash != now]
     if others:
+        last, seed = others[-1], config.train.seed
         what = f"the settings, or the text of {config.plugin}," if config.plugin else "the settings"
-        raise UserError(
-            *different_settings(config, out)
-            or [f"{what} are not those that {others[-1]} was trained with; choose another --out"]
-        )
+        line = f"{what} are not those that {last.path} was trained with; choose another --out"
+        if last.state.seed != seed:
+            line = f"train.seed is {seed} but {last.path} was trained with {last.state.seed}; choose another --out"
+        raise UserError(*different_settings(config, out) or [line])
 
 
 def different_settings(config: RunConfig, out: Path) -> list[str]:

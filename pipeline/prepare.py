@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +36,7 @@ from pipeline.config import ROOT, ModelConfig, RunConfig
 from pipeline.model import lora_scope
 from pipeline.prompt import Processor, PromptConfig
 from pipeline.user_files import load_json
+from pipeline.watch import run_to_end
 
 READER_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -60,18 +60,8 @@ def make_data(config: RunConfig, say: Any) -> None:
     command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
     command += ["--workers", str(min(8, os.cpu_count() or 1))]
     say(f"making {folder}: {shlex.join(command[1:])}")
-    # a process of its own, whose workers then do not import the trainer; it inherits what is blocked here, so
-    # that a SIGUSR1 to the whole job, which asks the trainer to stop, does not kill it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        status = child.wait()
-    except BaseException:
-        child.kill()
-        raise
+    # a process of its own, whose workers then do not import the trainer
+    status, _ = run_to_end(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     if status:
         raise UserError(f"{folder} could not be made from {data.source}")
 

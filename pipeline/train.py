@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -52,7 +53,7 @@ def main(
     data: str | None = None,
     out: Path | None = None,
     stages: str | None = None,
-    resume: Literal["auto", "never"] = "auto",
+    resume: Literal["auto", "elastic", "never"] = "auto",
     prompt: Literal["default", "released", "context"] | None = None,
     local_rank: int | None = None,
     **options: str,
@@ -62,8 +63,9 @@ def main(
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
     them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
     shard folder; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
-    goes on from what the run folder holds, --resume never stops if it holds anything; --prompt: default, released (how
-    answers are asked for) or context (with the context or hint); --local_rank comes from the launcher.
+    goes on from what the run folder holds, --resume elastic also with another number of ranks or ZeRO stage, --resume
+    never stops if it holds anything; --prompt: default, released (how answers are asked for) or context (with the
+    context or hint); --local_rank comes from the launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
@@ -91,6 +93,12 @@ def step_seed(seed: int, global_step: int, rank: int) -> int:
     """Seed of a rank's draws in a step, 63 bits."""
     low, high = np.random.SeedSequence([seed, global_step, rank]).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1
+
+
+def rows_of_step(micro_batches: list[Batch]) -> list[str]:
+    """Keys of a step's rows in the order of the global batch, of which a rank has every world-th; ranks together."""
+    parts = distributed.gather([key for batch in micro_batches for key in batch.keys])
+    return [key for rows in zip_longest(*parts, fillvalue="") for key in rows if key]
 
 
 class Run:
@@ -141,12 +149,19 @@ class Run:
         self.monitor = Monitor(self.out, self.world.main, min(trained, default=None), self.config.dump())
         for stage, start in starts.items():
             if stage in self.plan.starts:
-                self.keeper.load(self.plan.starts[stage])
+                self._load(stage)
             if start == 0 and stage > 0 and self.config.curriculum.reset_optimizer:
                 reset_optimizer(self.engine)
             self.run_stage(stage, start, lengths)
         self.monitor.close()
         self.log.info("TensorBoard: tensorboard --logdir %s", self.out / "tensorboard")
+
+    def _load(self, stage: int) -> None:
+        try:
+            self.keeper.load(self.plan.starts[stage])
+        except UserError:
+            self._leave_if_asked()  # the signal has ended the program that converted the checkpoint, too
+            raise
 
     def run_stage(self, stage: int, start: int, lengths: list[int]) -> None:
         """Steps `start`.. of a stage, with logs, validation and checkpoints at their cadences."""
@@ -169,7 +184,8 @@ class Run:
                 micro_batches = next(batches)
             lr = learning_rate(config.optim, global_step, sum(lengths))
             result = self.train_step(micro_batches, lr, global_step, watch)
-            self.monitor.step(global_step, {"stage": stage, "step": done, "loss": result.loss, "lr": lr})
+            keys = {"keys": rows_of_step(micro_batches)} if train.trace else {}
+            self.monitor.step(global_step, {"stage": stage, "step": done, "loss": result.loss, "lr": lr, **keys})
             if done % train.log_every == 0:
                 self._report(stage, done, global_step, lr, result, watch, progress)
             last = done == len(steps)

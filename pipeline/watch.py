@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 STOPPED = 75
 """Exit status of a run that was asked to stop, saved, and can go on (EX_TEMPFAIL)."""
@@ -59,6 +62,25 @@ def exit_with_launcher(interval: float = 0.5) -> None:
             time.sleep(interval)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def run_to_end(command: Sequence[str], **options: Any) -> tuple[int, str]:
+    """Run a program that rank 0 needs; gives its status, and what it said on a piped stderr.
+
+    It inherits what is blocked here, so that a SIGUSR1 to the whole job, which asks the trainer to stop, does not kill
+    it.  options: Popen's.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        child = subprocess.Popen(command, **options, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        _, said = child.communicate()
+    except BaseException:
+        child.kill()
+        raise
+    return child.returncode, said or ""
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -67,7 +67,7 @@ unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide 
 
 read -r -a extra <<<"${EXTRA:-}"
 read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
-options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage" --resume auto)
+options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
 [[ -z ${DATA:-} ]] || options+=(--data "$DATA")
 
 where="$SLURM_JOB_NUM_NODES nodes x $tasks ranks, $MASTER_ADDR:$MASTER_PORT"

@@ -156,7 +156,7 @@ def test_one_rank_per_gpu_on_both_nodes(project: Project) -> None:
         assert env["PATH"].split(":")[0] == str(project.root)
         assert record["argv"] == [
             "pipeline/train.py", "--ds", "ds_configs/zero3.json", "--recipe", "recipes/demo.yaml",
-            "--out", "runs/demo", "--stages", "1", "--resume", "auto", "--data", "data/here",
+            "--out", "runs/demo", "--stages", "1", "--data", "data/here",
             "--optim.lr", "1e-5", *options,
         ]  # fmt: skip
     assert {f"{rank:2}: trained" for rank in range(16)} < set(log.splitlines())

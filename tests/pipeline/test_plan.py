@@ -14,6 +14,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.ds_config import Triangle
 from pipeline.plan import (
     check_same_run,
+    check_split,
     done_marker,
     make_plan,
     resolved,
@@ -23,8 +24,8 @@ from pipeline.plan import (
 )
 
 STATE = RunState(
-    stage=0, step=8, stage_steps=8, global_step=8, samples=64, world=1, zero_stage=2, index_hash="i", base_hash="b",
-    settings_hash="s",
+    stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i",
+    base_hash="b", settings_hash="s",
 )  # fmt: skip
 
 
@@ -112,8 +113,20 @@ def test_resume_never(tmp_path: Path) -> None:
 def test_other_ranks_or_zero_stage(tmp_path: Path) -> None:
     checkpoints = run_folder(tmp_path, 0, inside={1: 3})
     for world, zero in ((2, 2), (1, 3)):
-        with pytest.raises(UserError, match=f"cannot be resumed by {world} ranks under ZeRO-{zero}"):
+        refusal = f"cannot be resumed by {world} ranks under ZeRO-{zero} without --resume elastic"
+        with pytest.raises(UserError, match=refusal):
             where_to_start(checkpoints, [1], 3, "auto", world, zero)
+        left, starts = where_to_start(checkpoints, [1], 3, "elastic", world, zero)
+        assert left == [1] and (starts[1].state.stage, starts[1].state.step) == (1, 3)
+
+
+def test_other_ranks_where_the_loss_depends_on_them(tmp_path: Path) -> None:
+    starts = run_folder(tmp_path, 0).newest()
+    check_split(settings(), starts, 2)
+    published = settings(**{"optim.loss_norm": "micro_batch"})
+    check_split(published, starts, 1)
+    with pytest.raises(UserError, match="written by 1 ranks, and optim.loss_norm micro_batch depends on"):
+        check_split(published, starts, 2)
 
 
 # ---- the same settings ------------------------------------------------------------------------
@@ -175,3 +188,16 @@ def test_out_is_a_file(tmp_path: Path) -> None:
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"--out .*: .*/file is a file"):
             make_plan(settings(), Path("ds_configs/zero2.json"), out, None, "auto", 1)
+
+
+def test_out_is_a_pattern(tmp_path: Path) -> None:
+    """DeepSpeed would write checkpoints there, and not find them again."""
+    with pytest.raises(UserError, match=r"--out .*run\[1\]: DeepSpeed takes \* \? \[ for a pattern"):
+        make_plan(settings(), Path("ds_configs/zero2.json"), tmp_path / "run[1]", None, "auto", 1)
+
+
+def test_changed_seed_is_named_without_the_file(tmp_path: Path) -> None:
+    trained(tmp_path, settings())
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"train.seed is 5 but .*stage0-step000008 was trained with 0; choose another"):
+        check_same_run(settings(**{"train.seed": "5"}), tmp_path)
