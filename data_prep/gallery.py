@@ -17,12 +17,13 @@ from data_prep.reader import BadSample, ShardIndex
 from data_prep.steps import SEPARATOR, merge_steps, split_steps
 
 if TYPE_CHECKING:
-    from pipeline.preview import Preview, Seen
+    from pipeline.preview import Preview
+    from pipeline.stage_measure import Seen
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIDE = 320
 """Most pixels a side of a shown picture."""
-MOST_STEPS, MOST_CHOICES = 30, 26
+MOST_STEPS, MOST_CHOICES, MOST_FIELDS = 30, 26, 8
 """What is shown of one sample."""
 
 
@@ -85,7 +86,8 @@ def sample_html(sample: Sample, preview: Preview | None) -> str:
     example = sample.example
     if example is None:
         return f'<article class="card sample"><div class="bad">{text(sample.problem)}</div></article>\n'
-    fields = ", ".join(f"{isolated(name, 40)}: {isolated(value, 80)}" for name, value in list(example.fields.items())[:8])
+    shown = list(example.fields.items())[:MOST_FIELDS]
+    fields = ", ".join(f"{isolated(name, 40)}: {isolated(value, 80)}" for name, value in shown)
     named = f"{isolated(example.id, 80)} · {text(sample.split)} {text(sample.key)}{' · ' if fields else ''}{fields}"
     context = f'<div class="context" dir="auto">{text(example.context, 400)}</div>' if example.context else ""
     question = f'<div class="question" dir="auto">{text(example.question, 700)}</div>'
@@ -100,7 +102,9 @@ def _picture(example: Example) -> str:
         uri, width, height = data_uri(example.image)
     except ValueError as error:
         return f'<p class="bad">picture {text(error, 200)}</p>'
-    return f'<figure><img src="{uri}" alt="" loading="lazy"><span class="unit">{width} x {height} pixels</span></figure>'
+    return (
+        f'<figure><img src="{uri}" alt="" loading="lazy"><span class="unit">{width} x {height} pixels</span></figure>'
+    )
 
 
 def _choices(example: Example) -> str:
@@ -108,7 +112,7 @@ def _choices(example: Example) -> str:
     for i, choice in enumerate(example.choices[:MOST_CHOICES]):
         right = i == example.answer
         mark = ' <span aria-label="right answer">✓</span>' if right else ""
-        lines.append(f'<li{" class=right" if right else ""}>{LETTERS[i]}. {isolated(choice, 300)}{mark}</li>')
+        lines.append(f"<li{' class=right' if right else ''}>{LETTERS[i]}. {isolated(choice, 300)}{mark}</li>")
     more = len(example.choices) - len(lines)
     return f"<ul>{''.join(lines)}{f'<li>and {more} more</li>' if more > 0 else ''}</ul>"
 
@@ -146,4 +150,5 @@ def _chips(seen: Seen, groups: int, letter: str) -> str:
 
 
 def _size(seen: Seen, preview: Preview | None) -> str:
-    return f'<span class="unit">{seen.columns:,} columns</span>' if preview and preview.builder and not seen.problem else ""
+    known = preview is not None and preview.builder is not None and not seen.problem
+    return f'<span class="unit">{seen.columns:,} columns</span>' if known else ""

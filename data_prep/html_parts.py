@@ -1,4 +1,7 @@
-"""Pieces of a self-contained page: no scripts, nothing from elsewhere.  Whatever comes from data goes through `text`."""
+"""Pieces of a self-contained page: no scripts, nothing from elsewhere.
+
+Whatever comes from data goes through `text`.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +60,15 @@ a { color: var(--s0); }
 table { border-collapse: collapse; font-size: .93em; width: 100%; }
 th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; vertical-align: top; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
+.grid table { font-size: .85em; } .grid th, .grid td { padding: 3px 5px; }
+.grid th:first-child, .grid td:first-child { padding-left: 0; }
+.grid th:last-child, .grid td:last-child { padding-right: 0; }
 tr:last-child > td { border-bottom: 0; }
 th.left, td.left { text-align: left; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
 td.odd { color: var(--bad); font-weight: 700; }
-td.bars { width: 34%; min-width: 90px; padding-top: 8px; }
+td.bars { width: 34%; min-width: 60px; padding-top: 8px; }
 .bar { display: block; height: 6px; border-radius: 3px; margin-bottom: 2px; min-width: 1px; }
 .s0 { background: var(--s0); fill: var(--s0); } .s1 { background: var(--s1); fill: var(--s1); }
 .s2 { background: var(--s2); fill: var(--s2); }
@@ -118,8 +124,13 @@ def percent(part: float, whole: float = 1) -> str:
     return f"{part / whole:.1%}" if whole else "–"
 
 
+def plural(number: int, thing: str) -> str:
+    """ "1 split", "2 splits"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def card(title: str, content: str, unit: str = "", anchor: str = "") -> str:
-    head = f'<h3>{title}{f" <span class=unit>{unit}</span>" if unit else ""}</h3>' if title else ""
+    head = f"<h3>{title}{f' <span class=unit>{unit}</span>' if unit else ''}</h3>" if title else ""
     return f'<section class="card"{f" id={anchor}" if anchor else ""}>{head}{content}</section>\n'
 
 
@@ -128,7 +139,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, kin
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(
-            cell if cell.startswith("<td") else f'<{tag}{" class=left" if i < left else ""}>{cell}</{tag}>'
+            cell if cell.startswith("<td") else f"<{tag}{' class=left' if i < left else ''}>{cell}</{tag}>"
             for i, cell in enumerate(row)
         )
 
@@ -175,7 +186,7 @@ def histogram(series: Mapping[str, Counts]) -> str:
         for value, often in values.items():
             heights[name][min(value // width, last) - first] += often / values.total()
     top, bins = max(max(column) for column in heights.values()), last - first + 1
-    step, base, tall = 340 / bins, 128, 108
+    step, base, tall = min(340 / bins, 48), 128, 108
     drawn = [f'<line x1="10" x2="350" y1="{base}" y2="{base}"/>', f'<text x="10" y="12">{top:.0%}</text>']
     for b in range(bins):
         low, open_end = (first + b) * width, b == bins - 1 and max(merged) >= (first + b + 1) * width

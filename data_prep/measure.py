@@ -30,6 +30,8 @@ REJECTS = 3
 """Rejects that are shown of each reason in each split."""
 PART = 2**20
 """Index records looked at, and hashes compared, at once."""
+ODD = 4
+"""Standard errors from chance above which the position of right answers is worth a look."""
 LONGEST_LINE = 2**20
 _ORDER = ("train", "val", "test")
 
@@ -242,3 +244,9 @@ def quantile(counts: Counts, share: float) -> int:
 def mean(counts: Counts) -> float:
     """Of all values; 0 of nothing."""
     return sum(value * often for value, often in counts.items()) / max(1, counts.total())
+
+
+def z_score(right: int, rows: int, choices: int) -> float:
+    """By how many standard errors an answer's position is away from its share by chance."""
+    chance = 1 / choices
+    return (right / rows - chance) / (chance * (1 - chance) / rows) ** 0.5 if choices > 1 else 0.0

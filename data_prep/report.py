@@ -12,13 +12,22 @@ from data_prep import cli, report_html
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from data_prep.gallery import LETTERS, Sample, pick
-from data_prep.html_parts import clean, percent
+from data_prep.html_parts import clean, percent, plural
 from data_prep.measure import (
-    Folder, count_duplicates, measure_index, measure_rows, open_folder, quantile, read_rejects,
-)  # fmt: skip
+    ODD,
+    Folder,
+    count_duplicates,
+    measure_index,
+    measure_rows,
+    open_folder,
+    quantile,
+    read_rejects,
+    z_score,
+)
 
 if TYPE_CHECKING:
-    from pipeline.preview import Preview, StageMeasure
+    from pipeline.preview import Preview
+    from pipeline.stage_measure import StageMeasure
 
 WASTE = 0.3
 """Share of padding above which a stage is worth a look."""
@@ -58,6 +67,11 @@ class Report:
         return any(split.samples > self.rows for split in self.folder.splits.values())
 
     @property
+    def of_read(self) -> str:
+        """Said of figures that not all rows went into."""
+        return ", of those that were read" if self.sampled else ""
+
+    @property
     def stage_rows(self) -> int:
         """Rows that the stages were shown."""
         train = self.folder.splits.get("train")
@@ -71,7 +85,8 @@ class Report:
         made = folder.manifest.get("source")
         source = f", made from {made['name']}" if isinstance(made, dict) and "name" in made else ""
         read = f"; {self.rows:,} evenly spread rows of each split were read" if self.sampled else ""
-        what = f"{folder.location}: {samples:,} samples in {len(splits)} splits, {size / 1e6:,.1f} MB{source}{read}."
+        held = f"{plural(samples, 'sample')} in {plural(len(splits), 'split')}, {size / 1e6:,.1f} MB"
+        what = f"{folder.location}: {held}{source}{read}."
         return [what, *([f"Recipe: {self.recipe}."] if self.preview else [])]
 
 
@@ -88,7 +103,7 @@ def make_report(
         own = inspect.signature(main).parameters
         preview = open_preview(data, recipes, options, train, rows, own)
     name = data.rstrip("/").rpartition("/")[2] or data
-    report = Report(name, folder, preview, ",".join(map(str, recipes)), rows, ranks)
+    report = Report(name, folder, preview, ", ".join(map(_near, recipes)), rows, ranks)
     count = preview.count if preview else lambda text: len(text.split())
     for split, index in folder.indexes.items():
         measure_index(index, folder.splits[split])
@@ -101,6 +116,11 @@ def make_report(
     report.no_stages = "There is no train split." if preview else "No recipe was given (--recipe)."
     report.findings = list(findings(report))
     return report
+
+
+def _near(path: Path) -> str:
+    """As it is called from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def findings(report: Report) -> Iterator[tuple[str, str]]:
@@ -123,12 +143,13 @@ def findings(report: Report) -> Iterator[tuple[str, str]]:
         for choices, answers in sorted(split.answers.items()):
             for position in range(min(choices, len(LETTERS))):
                 right, total = answers[position], answers.total()
-                if abs(report_html.z_score(right, total, choices)) > 4:
+                if abs(z_score(right, total, choices)) > ODD:
                     told = f"{LETTERS[position]} is right in {percent(right, total)} of {total:,} rows"
                     yield "note", f"{name}: of {choices} choices, {told}, by chance {percent(1, choices)}"
     for (one, other), found in folder.also_in.items():
         if found and one == "train":
-            yield "bad", f"{found:,} samples of train ask what a sample of {other} asks: {other} would flatter the model"
+            told = f"{plural(found, 'sample')} of train also in {other}"
+            yield "bad", f"{told} (same question and picture): results on {other} would be too good"
     for stage in report.stages:
         yield from _stage_findings(report, stage)
 
@@ -142,18 +163,21 @@ def _stage_findings(report: Report, stage: StageMeasure) -> Iterator[tuple[str, 
             share = percent(part, stage.rows)
             yield "note", f"stage {stage.number}: {share} of the rows {what}: longer than {limit:,} (prompt.max_tokens)"
     for reason, often in stage.unusable.most_common(1):
-        yield "bad", f"stage {stage.number}: {stage.unusable.total():,} rows cannot be used, such as: {reason} ({often:,})"
+        unusable = percent(stage.unusable.total(), stage.rows)
+        yield "bad", f"stage {stage.number}: {unusable} of the rows cannot be used, such as: {reason} ({often:,})"
     if stage.padding and stage.padding.waste > WASTE:
-        size = stage.padding.micro_batch
-        yield "note", f"stage {stage.number}: {percent(stage.padding.waste)} of the columns of its micro-batches ({size} rows) are padding"
+        told = f"micro-batches of {stage.padding.micro_batch:,} rows are {percent(stage.padding.waste)} padding"
+        yield "note", f"stage {stage.number}: {told}; smaller ones waste less"
 
 
 def summary(report: Report) -> Iterator[str]:
     """The lines that the command prints at its end."""
     yield from (clean(line) for line in report.notes)
-    yield f"{'split':<8}{'samples':>10}{'no picture':>12}{'bad':>6}{'duplicates':>12}{'steps':>7}" + "".join(
-        f"{kind:>11}" for kind in ("question", "rationale")
-    ) + f"   (median; {report.unit})"
+    yield (
+        f"{'split':<8}{'samples':>10}{'no picture':>12}{'bad':>6}{'duplicates':>12}{'steps':>7}"
+        + "".join(f"{kind:>11}" for kind in ("question", "rationale"))
+        + f"   (median; {report.unit})"
+    )
     for name, split in report.folder.splits.items():
         lengths = "".join(
             f"{quantile(split.lengths[kind], 0.5) if kind in split.lengths else 0:>11,}"

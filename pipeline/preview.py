@@ -4,9 +4,9 @@ what is lost.  For `data_prep.report`; rows are built and ordered by the trainer
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,102 +16,20 @@ from tqdm import tqdm
 
 from data_prep.errors import UserError
 from data_prep.example import Example
-from data_prep.measure import Counts, spread
+from data_prep.measure import spread
 from data_prep.reader import BadSample, ShardIndex
 from data_prep.steps import merge_steps, split_steps
 from data_prep.tokenizer import train_tokenizer, training_texts
 from pipeline.backbones import BACKBONES
 from pipeline.batch import Row
 from pipeline.config import RunConfig, load_config
-from pipeline.curriculum import StageConfig, stage_of_row, view
+from pipeline.curriculum import stage_of_row, view
 from pipeline.latent.parts import FEEDBACKS
 from pipeline.loader import Share, StageSteps
 from pipeline.order import EMPTY, rank_share
 from pipeline.prepare import READER_FILES, in_a_line
 from pipeline.prompt import MARKERS, OverlongSample, Processor, RowBuilder, UnusableSample, check_num_patches
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A sample as a stage shows it."""
-
-    trained: bool
-    """Whether it is among the rows that the stage trains on"""
-    latents: int
-    kept: range
-    """Numbers, from 0, of the groups of steps that remain"""
-    dropped: int = 0
-    """Trailing groups left out because the row was too long"""
-    problem: str = ""
-    """Why it is masked"""
-    overlong: bool = False
-    """Masked because it is too long"""
-    prompt: int = 0
-    """Columns of the question and image; 0 without a tokenizer"""
-    inserted: int = 0
-    """Columns of the latent steps; 0 without a tokenizer"""
-    text: int = 0
-    """Columns of what follows; words without a tokenizer"""
-
-    @property
-    def columns(self) -> int:
-        """Of the whole sequence."""
-        return self.prompt + self.inserted + self.text
-
-
-@dataclass
-class Padding:
-    """Columns of some of a stage's micro-batches, in the order that training has."""
-
-    micro_batch: int
-    rows: int = 0
-    real: int = 0
-    padded: int = 0
-    """Real ones and those that only fill up"""
-
-    @property
-    def waste(self) -> float:
-        return 1 - self.real / self.padded if self.padded else 0.0
-
-
-@dataclass
-class StageMeasure:
-    """What a stage's sequences look like, of the sampled rows that it trains on."""
-
-    number: int
-    stage: StageConfig
-    rows: int = 0
-    latents: Counts = field(default_factory=Counter)
-    remaining: Counts = field(default_factory=Counter)
-    """Groups of steps that are still written"""
-    columns: Counts = field(default_factory=Counter)
-    """Of usable rows; words of what follows the latent steps without a tokenizer"""
-    shortened: int = 0
-    """Rows that lose steps because they are too long"""
-    overlong: int = 0
-    """Rows that are skipped because they are too long"""
-    unusable: Counter[str] = field(default_factory=Counter)
-    """Why other rows are skipped -> rows"""
-    samples: int | None = None
-    """All samples that it trains on"""
-    steps: int | None = None
-    """Optimizer steps"""
-    padding: Padding | None = None
-    problem: str = ""
-    """Why training would refuse the stage"""
-
-    def add(self, seen: Seen) -> None:
-        if not seen.trained:
-            return
-        self.rows += 1
-        self.shortened += bool(seen.dropped)
-        self.overlong += seen.overlong
-        if seen.problem and not seen.overlong:
-            self.unusable[seen.problem] += 1
-        if not seen.problem:
-            self.latents[seen.latents] += 1
-            self.remaining[len(seen.kept)] += 1
-            self.columns[seen.columns] += 1
+from pipeline.stage_measure import Padding, Seen, StageMeasure
 
 
 class OncePrompted(RowBuilder):
@@ -218,7 +136,7 @@ class Preview:
         config, train = self.config, self.config.train
         assert self.builder is not None
         # as `ds_config.batch_triangle` settles it where the DeepSpeed file says nothing
-        micro_batch = train.micro_batch or -(-(-(-train.global_batch // ranks)) // (train.accumulation or 1))
+        micro_batch = train.micro_batch or math.ceil(math.ceil(train.global_batch / ranks) / (train.accumulation or 1))
         share = Share(0, ranks, train.global_batch, micro_batch)
         steps = StageSteps(
             index, self.builder, config.curriculum, measure.number, share, train.seed, config.data.last_batch
