@@ -54,6 +54,8 @@ p { margin: 0 0 10px; max-width: 78ch; }
   margin: 0 0 14px; min-width: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
 .grid > .card { margin: 0; }
+.grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
+.packed { columns: 330px; column-gap: 14px; } .packed > .card { break-inside: avoid; }
 nav { margin: 10px 0 16px; display: flex; flex-wrap: wrap; gap: 4px 16px; }
 a { color: var(--s0); }
 .scroll { overflow-x: auto; }
@@ -61,15 +63,14 @@ table { border-collapse: collapse; font-size: .93em; width: 100%; }
 th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
-.grid table { font-size: .85em; } .grid th, .grid td { padding: 3px 5px; }
-.grid th:first-child, .grid td:first-child { padding-left: 0; }
-.grid th:last-child, .grid td:last-child { padding-right: 0; }
+.grid table, .packed table { font-size: .85em; } .grid th, .grid td, .packed th, .packed td { padding: 3px 5px; }
+.grid th:first-child, .grid td:first-child, .packed th:first-child, .packed td:first-child { padding-left: 0; }
+.grid th:last-child, .grid td:last-child, .packed th:last-child, .packed td:last-child { padding-right: 0; }
 tr:last-child > td { border-bottom: 0; }
 th.left, td.left { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
 td.odd { color: var(--bad); font-weight: 700; }
-td.bars { width: 34%; min-width: 60px; padding-top: 8px; }
-.bar { display: block; height: 6px; border-radius: 3px; margin-bottom: 2px; min-width: 1px; }
+.bar { display: block; height: 5px; border-radius: 2px; margin-top: 2px; min-width: 1px; }
 .s0 { background: var(--s0); fill: var(--s0); } .s1 { background: var(--s1); fill: var(--s1); }
 .s2 { background: var(--s2); fill: var(--s2); }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin: 0 .35em 0 .1em; }
@@ -78,7 +79,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 9.5px system-ui, sans-serif; }
 svg line { stroke: var(--line); }
 ul { margin: 0; padding-left: 1.2em; } li { overflow-wrap: anywhere; }
-li.bad::marker, .bad { color: var(--bad); } li.note::marker { color: var(--note); }
+.bad { color: var(--bad); } li.bad { color: inherit; } li.bad::marker { color: var(--bad); content: "\25b2\00a0"; }
+li.note::marker { color: var(--note); }
 bdi { overflow-wrap: anywhere; }
 details > summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0 0 10px; } figure img { max-width: 100%; height: auto; border-radius: 6px; background: #fff;
@@ -116,7 +118,7 @@ def text(value: object, most: int = 1200) -> str:
 
 def isolated(value: object, most: int = 200) -> str:
     """A text of the data's own inside a line of ours, whichever direction it is written in."""
-    return f"<bdi>{text(value, most)}</bdi>"
+    return f"<bdi>{text(value, most) or '(empty)'}</bdi>"
 
 
 def percent(part: float, whole: float = 1) -> str:
@@ -157,12 +159,12 @@ def legend(names: Sequence[str]) -> str:
 
 
 def bars(shares: Sequence[float], largest: float) -> str:
-    """A cell with a bar for each split; the longest bar of the table is `largest`."""
-    drawn = "".join(
-        f'<span class="bar s{i % 3}" style="width:{100 * share / (largest or 1):.1f}%"></span>'
+    """A bar for each split, of which one of `largest` is as wide as there is room."""
+    return "".join(
+        f'<span class="bar s{i % 3}" style="width:{100 * share / largest:.1f}%"></span>'
         for i, share in enumerate(shares)
+        if share
     )
-    return f'<td class="bars left">{drawn}</td>'
 
 
 def bin_width(values: Counts) -> int:

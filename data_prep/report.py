@@ -120,7 +120,8 @@ def make_report(
 
 def _near(path: Path) -> str:
     """As it is called from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    near = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return f"{near} (--recipe takes another)" if path == DEMO_RECIPE else near
 
 
 def findings(report: Report) -> Iterator[tuple[str, str]]:
@@ -129,17 +130,20 @@ def findings(report: Report) -> Iterator[tuple[str, str]]:
     yield from (("bad", line) for line in folder.broken)
     for name, split in folder.splits.items():
         if split.bad:
-            yield "bad", f"{name}: {split.bad:,} rows cannot be read, such as {split.bad_named[0]}"
+            yield "bad", f"{name}: {plural(split.bad, 'row')} cannot be read, such as {split.bad_named[0]}"
         if not split.samples:
             yield "bad", f"{name}: the split is empty"
         if rejected := sum(split.counts.get("rejected", {}).values()):
-            yield "note", f"{name}: {rejected:,} source rows were rejected when the folder was made"
+            yield "note", f"{name}: {plural(rejected, 'source row')} rejected when the folder was made"
         if repeated := split.counts.get("repeated_ids", 0):
-            yield "note", f"{name}: {repeated:,} ids are repeated"
+            yield "note", f"{name}: {plural(repeated, 'repeated id')}"
         if name == "train" and (without := split.counts.get("without_rationale", 0)):
-            yield "note", f"{name}: {without:,} samples ({percent(without, split.samples)}) have no rationale"
+            yield "note", f"{name}: {plural(without, 'sample')} ({percent(without, split.samples)}) without a rationale"
         if found := folder.duplicates.get(name, 0):
-            yield "note", f"{name}: {found:,} samples ({percent(found, split.samples)}) are duplicates of others in it"
+            yield (
+                "note",
+                f"{name}: {plural(found, 'duplicate')} ({percent(found, split.samples)}) of other samples in it",
+            )
         for choices, answers in sorted(split.answers.items()):
             for position in range(min(choices, len(LETTERS))):
                 right, total = answers[position], answers.total()
@@ -158,10 +162,9 @@ def _stage_findings(report: Report, stage: StageMeasure) -> Iterator[tuple[str, 
     if stage.problem:
         yield "bad", f"training would refuse it: {stage.problem}"
     limit = report.preview.config.prompt.max_tokens if report.preview else 0
-    for part, what in ((stage.shortened, "lose steps"), (stage.overlong, "are skipped")):
-        if part:
-            share = percent(part, stage.rows)
-            yield "note", f"stage {stage.number}: {share} of the rows {what}: longer than {limit:,} (prompt.max_tokens)"
+    parts = {"lose steps": stage.shortened, "are skipped": stage.overlong}
+    if told := " and ".join(f"{percent(part, stage.rows)} {what}" for what, part in parts.items() if part):
+        yield "note", f"stage {stage.number}: of the rows {told}: longer than {limit:,} (prompt.max_tokens)"
     for reason, often in stage.unusable.most_common(1):
         unusable = percent(stage.unusable.total(), stage.rows)
         yield "bad", f"stage {stage.number}: {unusable} of the rows cannot be used, such as: {reason} ({often:,})"

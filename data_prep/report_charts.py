@@ -22,21 +22,25 @@ MOST_GROUPS = 8
 
 
 def _values(title: str, series: Mapping[str, Counter[str]]) -> str:
-    """A card with a bar for each value and split, the commonest first."""
+    """A card with bars for each value, the commonest first; none where nearly every row has a value of its own."""
     merged: Counter[str] = sum(series.values(), Counter())
+    told = plural(len(merged), "value")
+    if len(merged) > max(MOST_VALUES, merged.total() / 2):
+        return card(title, '<p class="soft">Nearly every row has a value of its own.</p>', told)
     common = [value for value, _ in merged.most_common(MOST_VALUES)]
-    counts = [(isolated(value, 60), [part[value] for part in series.values()]) for value in common]
-    if others := len(merged) - len(common):
-        rest = [part.total() - sum(part[value] for value in common) for part in series.values()]
-        counts.append((f'<span class="soft">{others:,} others</span>', rest))
-    totals = [part.total() for part in series.values()]
-    shares = [[n / total if total else 0.0 for n, total in zip(row, totals, strict=True)] for _, row in counts]
-    largest = max((max(row) for row in shares), default=0.0)
+    shares = {value: [part[value] / max(1, part.total()) for part in series.values()] for value in common}
+    largest = max(max(row) for row in shares.values())
     rows = [
-        [f'<td class="left wrap">{value}</td>', bars(row, largest), *map(percent, row)]
-        for (value, _), row in zip(counts, shares, strict=True)
+        [f'<td class="left wrap">{isolated(value, 80)}{bars(row, largest)}</td>', *map(percent, row)]
+        for value, row in shares.items()
     ]
-    return card(title, table(["value", "", *map(text, series)], rows, left=2), plural(len(merged), "value"))
+    if others := len(merged) - len(common):
+        rest = [
+            sum(n for value, n in part.items() if value not in shares) / max(1, part.total())
+            for part in series.values()
+        ]
+        rows.append([f'<td class="left soft">{plural(others, "other")}</td>', *map(percent, rest)])
+    return card(title, table(["", *map(text, series)], rows), told)
 
 
 def breakdown(report: Report) -> str:
@@ -49,7 +53,7 @@ def breakdown(report: Report) -> str:
         _values(isolated(name, 60), {s.name: s.fields.get(name, Counter()) for s in splits.values()}) for name in names
     ]
     told = f'<p class="soft">Share of each split\'s rows{report.of_read}.</p>'
-    return told + legend([*splits]) + f'<div class="grid">{"".join(cards)}</div>'
+    return told + legend([*splits]) + f'<div class="packed">{"".join(cards)}</div>'
 
 
 def _distribution(title: str, unit: str, series: Mapping[str, Counts]) -> str:
@@ -158,7 +162,7 @@ def stages(report: Report) -> str:
             if counted else ["words: median", "95%", "most"])]  # fmt: skip
     rows = [_stage(report, stage, counted) for stage in report.stages]
     groups = plural(preview.groups, "group")
-    told = f"What the train split becomes with {text(report.recipe)}: at most {groups} of steps a row{report.of_read}. "
+    told = f"What {plural(report.stage_rows, 'row')} of the train split become, with at most {groups} of steps each. "
     if counted:
         padding = next((stage.padding for stage in report.stages if stage.padding), None)
         told += (
@@ -167,8 +171,8 @@ def stages(report: Report) -> str:
         )
         told += (
             (
-                f"Padding is the share of columns that only fill up micro-batches of {padding.micro_batch:,} rows, on"
-                f" {plural(report.ranks, 'rank')}, in the order of training."
+                f"Padding is the share of columns that only fill up micro-batches of {padding.micro_batch:,}"
+                f" rows, on {plural(report.ranks, 'rank')}, in the order of training; a skipped row's slot is one."
             )
             if padding
             else ""
@@ -190,7 +194,7 @@ def stages(report: Report) -> str:
         f'<p class="soft">{told}</p>{card("", table(head, rows))}'
         + (card("", f"<ul>{where}{problems}</ul>") if where or problems else "")
         + f'<h3>Sequence lengths <span class="unit">{"columns" if counted else "words"}</span></h3>'
-        f'<div class="grid">{drawn}</div>'
+        f'<div class="grid small">{drawn}</div>'
     )
 
 

@@ -83,12 +83,17 @@ def _rejects(report: Report) -> str:
     examples = [
         [text(entry.get("split", "")), text(entry.get("key", entry.get("row", ""))), isolated(entry.get("id", ""), 80),
          f'<td class="left wrap">{isolated(entry.get("reason", ""), 300)}</td>']
-        for entry in report.folder.rejects
+        for entry in sorted(report.folder.rejects, key=lambda entry: _place(report, entry.get("split", "")))
     ]  # fmt: skip
     lines = card("Reasons", table(["split", "reason", "rows"], rows, left=2))
     if not examples:
         return lines + '<p class="soft">Their list, rejects.jsonl, is not in the folder.</p>'
     return lines + card("Examples", table(["split", "row", "id", "reason"], examples, left=4))
+
+
+def _place(report: Report, split: str) -> int:
+    names = [*report.folder.splits]
+    return names.index(split) if split in names else len(names)
 
 
 def _samples(report: Report) -> str:
