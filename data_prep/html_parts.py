@@ -79,7 +79,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 9.5px system-ui, sans-serif; }
 svg line { stroke: var(--line); }
 ul { margin: 0; padding-left: 1.2em; } li { overflow-wrap: anywhere; }
-.bad { color: var(--bad); } li.bad { color: inherit; } li.bad::marker { color: var(--bad); content: "\25b2\00a0"; }
+.bad { color: var(--bad); } li.bad { color: inherit; } li.bad::marker { color: var(--bad); content: "▲ "; }
 li.note::marker { color: var(--note); }
 bdi { overflow-wrap: anywhere; }
 details > summary { cursor: pointer; color: var(--soft); }
