@@ -89,9 +89,14 @@ def sample_html(sample: Sample, preview: Preview | None) -> str:
     shown = list(example.fields.items())[:MOST_FIELDS]
     fields = ", ".join(f"{isolated(name, 40)}: {isolated(value, 80)}" for name, value in shown)
     named = f"{isolated(example.id, 80)} · {text(sample.split)} {text(sample.key)}{' · ' if fields else ''}{fields}"
-    context = f'<div class="context" dir="auto">{text(example.context, 400)}</div>' if example.context else ""
     question = f'<div class="question" dir="auto">{text(example.question, 700)}</div>'
-    parts = [f'<div class="id">{named}</div>', _picture(example), context, question, _choices(example)]
+    parts = [
+        f'<div class="id">{named}</div>',
+        _picture(example),
+        _context(example, preview),
+        question,
+        _choices(example),
+    ]
     return f'<article class="card sample">{"".join(parts)}{_steps(example, sample, preview)}</article>\n'
 
 
@@ -105,6 +110,12 @@ def _picture(example: Example) -> str:
     return (
         f'<figure><img src="{uri}" alt="" loading="lazy"><span class="unit">{width} x {height} pixels</span></figure>'
     )
+
+
+def _context(example: Example, preview: Preview | None) -> str:
+    left_out = preview is not None and not preview.config.prompt.context
+    note = '<span class="unit">Context, not in the prompt (prompt.context):</span><br>' if left_out else ""
+    return f'<div class="context" dir="auto">{note}{text(example.context, 400)}</div>' if example.context else ""
 
 
 def _choices(example: Example) -> str:
@@ -130,15 +141,15 @@ def _steps(example: Example, sample: Sample, preview: Preview | None) -> str:
     more = len(steps) - MOST_STEPS
     rest = f'<p class="soft">and {more} more steps</p>' if more > 0 else ""
     body = f'<ul class="groups">{"".join(shown)}</ul>{rest}' if steps else '<p class="soft">no rationale</p>'
-    letter = LETTERS[example.answer] if example.answer < len(LETTERS) else str(example.answer)
+    label = preview.answer(example) if preview else ""
     rows = [
-        (f"stage&nbsp;{number}", _chips(seen, len(groups), letter), _size(seen, preview))
+        (f"stage&nbsp;{number}", _chips(seen, len(groups), label), _size(seen, preview))
         for number, seen in enumerate(sample.seen)
     ]
     return body + (table([], rows, left=2, kind="stages") if rows else "")
 
 
-def _chips(seen: Seen, groups: int, letter: str) -> str:
+def _chips(seen: Seen, groups: int, label: str) -> str:
     if seen.problem:
         return f'<span class="bad">skipped: {text(seen.problem, 200)}</span>'
     latent = '<span class="chip latent" title="latent step">~</span>' * seen.latents
@@ -146,7 +157,7 @@ def _chips(seen: Seen, groups: int, letter: str) -> str:
     cut = "".join(f'<span class="chip gone" title="left out: too long">{i + 1}</span>'
                   for i in range(groups - seen.dropped, groups))  # fmt: skip
     untrained = "" if seen.trained else ' <span class="soft">(not trained on)</span>'
-    return f'{latent}{kept}{cut}<span class="chip answer">{letter}</span>{untrained}'
+    return f'{latent}{kept}{cut}<span class="chip answer">{label}</span>{untrained}'
 
 
 def _size(seen: Seen, preview: Preview | None) -> str:

@@ -54,7 +54,6 @@ p { margin: 0 0 10px; max-width: 78ch; }
   margin: 0 0 14px; min-width: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
 .grid > .card { margin: 0; }
-.grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
 .packed { columns: 330px; column-gap: 14px; } .packed > .card { break-inside: avoid; }
 nav { margin: 10px 0 16px; display: flex; flex-wrap: wrap; gap: 4px 16px; }
 a { color: var(--s0); }

@@ -194,7 +194,7 @@ def stages(report: Report) -> str:
         f'<p class="soft">{told}</p>{card("", table(head, rows))}'
         + (card("", f"<ul>{where}{problems}</ul>") if where or problems else "")
         + f'<h3>Sequence lengths <span class="unit">{"columns" if counted else "words"}</span></h3>'
-        f'<div class="grid small">{drawn}</div>'
+        f'<div class="grid">{drawn}</div>'
     )
 
 

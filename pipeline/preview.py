@@ -28,7 +28,16 @@ from pipeline.latent.parts import FEEDBACKS
 from pipeline.loader import Share, StageSteps
 from pipeline.order import EMPTY, rank_share
 from pipeline.prepare import READER_FILES, in_a_line
-from pipeline.prompt import MARKERS, OverlongSample, Processor, RowBuilder, UnusableSample, check_num_patches
+from pipeline.prompt import (
+    LETTERS,
+    MARKERS,
+    OverlongSample,
+    Processor,
+    RowBuilder,
+    UnusableSample,
+    answer_label,
+    check_num_patches,
+)
 from pipeline.stage_measure import Padding, Seen, StageMeasure
 
 
@@ -64,6 +73,11 @@ class Preview:
     def count(self, text: str) -> int:
         """Tokens, or words, of a text."""
         return len(self.processor.text_ids(text) if self.processor else text.split())
+
+    def answer(self, example: Example) -> str:
+        """The right choice as the model is to write it; empty where there are more choices than letters."""
+        letters = len(example.choices) <= len(LETTERS)
+        return answer_label(example, self.config.prompt.answer) if letters else ""
 
     def image_columns(self, width: int, height: int) -> int | None:
         """Columns of a picture; None where they are not known, 0 where the model takes none of this shape."""
