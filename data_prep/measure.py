@@ -204,23 +204,24 @@ def _hashes(index: ShardIndex, bucket: int, buckets: int) -> np.ndarray:
 
 def read_rejects(folder: Folder) -> Iterator[dict[str, str]]:
     """The first rejects of each split and reason, as texts; none where the files are gone or hold something else."""
-    storage, seen = open_storage(folder.location), Counter[tuple[str, str]]()
-    names = ["rejects.jsonl", *(f"{split}.rejects.jsonl" for split in folder.manifest["splits"])]
-    for name in names:
+    seen = Counter[tuple[str, str]]()
+    for name in ("rejects.jsonl", *(f"{split}.rejects.jsonl" for split in folder.manifest["splits"])):
         try:
-            path = storage.local(name)
-            lines = _lines(path) if path.is_file() else iter(())
-            for line in lines:
+            for line in _lines(folder.location, name):
                 entry = {key: str(value) for key, value in _entry(line).items()}
                 kind = (entry.get("split", ""), entry.get("reason", "").partition(":")[0])
                 seen[kind] += 1
                 if entry and seen[kind] <= REJECTS:
                     yield entry
-        except OSError:
+        except (OSError, UserError):  # not there, or out of reach: the manifest has the counts
             continue
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(location: str, name: str) -> Iterator[bytes]:
+    path = Path(location) / name
+    if not path.is_file():
+        yield from open_storage(location).read(name).splitlines()
+        return
     with open(path, "rb") as file:
         while line := file.readline(LONGEST_LINE):
             yield line

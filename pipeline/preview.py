@@ -155,7 +155,8 @@ class Preview:
         steps = StageSteps(
             index, self.builder, config.curriculum, measure.number, share, train.seed, config.data.last_batch
         )
-        measure.samples, measure.steps = len(steps.chosen), len(steps)
+        measure.samples = len(steps.chosen) if measure.stage.where else len(index)
+        measure.steps = len(steps)
         measure.padding = padding = Padding(micro_batch)
         most = rows if len(index) <= rows else rows // len(config.curriculum.stages)
         for step in range(min(len(steps), steps.steps_per_epoch, max(1, most // train.global_batch))):
