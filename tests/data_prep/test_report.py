@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.gallery import data_uri, pick
 from data_prep.html_parts import bin_width, histogram
-from data_prep.index import RECORD, read_manifest, write_index, write_manifest
+from data_prep.index import RECORD, read_manifest, write_manifest
 from data_prep.measure import Folder, count_duplicates, measure_index, open_folder, quantile, spread, z_score
 from data_prep.reader import open_split
 from data_prep.report import Report, make_report
@@ -158,7 +158,7 @@ def test_a_split_that_cannot_be_opened(trails: Path) -> None:
 
 
 def test_an_empty_split(trails: Path) -> None:
-    write_index(trails / "val.index.npy", np.zeros(0, RECORD))
+    np.save(trails / "val.index.npy", np.zeros(0, RECORD))
     manifest = read_manifest(trails)
     index = {"name": "val.index.npy", "sha256": sha256(trails / "val.index.npy")}
     manifest["splits"]["val"] |= {"shards": [], "samples": 0, "index": index}
