@@ -159,8 +159,10 @@ class Preview:
         measure.steps = len(steps)
         measure.padding = padding = Padding(micro_batch)
         most = rows if len(index) <= rows else rows // len(config.curriculum.stages)
-        for step in range(min(len(steps), steps.steps_per_epoch, max(1, most // train.global_batch))):
+        for step in range(min(len(steps), math.ceil(most / train.global_batch))):
             epoch, samples = steps.samples(step)
+            if epoch:
+                break
             for rank in range(ranks):
                 for micro in rank_share(samples, rank, ranks, micro_batch):
                     self._pad(padding, [
