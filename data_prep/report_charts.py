@@ -58,12 +58,7 @@ def breakdown(report: Report) -> str:
 
 def _distribution(title: str, unit: str, series: Mapping[str, Counts]) -> str:
     rows = [
-        [
-            text(name),
-            f"{values.total():,}",
-            f"{mean(values):,.1f}",
-            *_quantiles(values),
-        ]
+        [text(name), f"{values.total():,}", f"{mean(values):,.1f}", *_quantiles(values)]
         for name, values in series.items()
     ]
     figures = table(["split", "rows", "mean", "median", "95%", "most"], rows)
@@ -163,24 +158,21 @@ def stages(report: Report) -> str:
     rows = [_stage(report, stage, counted) for stage in report.stages]
     groups = plural(preview.groups, "group")
     told = f"What {plural(report.stage_rows, 'row')} of the train split become, with at most {groups} of steps each. "
-    if counted:
-        padding = next((stage.padding for stage in report.stages if stage.padding), None)
+    padding = next((stage.padding for stage in report.stages if stage.padding), None)
+    if not counted:
+        told += "Words are those of the steps that remain."
+    else:
         told += (
             "Median, 95% and most are columns of a whole sequence (image, text, latent steps); rows above"
             f" {preview.config.prompt.max_tokens:,} (prompt.max_tokens) lose their last steps, or are skipped. "
         )
+    if padding:
         told += (
-            (
-                f"Padding is the share of columns that only fill up micro-batches of {padding.micro_batch:,}"
-                f" rows, on {plural(report.ranks, 'rank')}, in the order of training; a skipped row's slot is one."
-            )
-            if padding
-            else ""
+            f"Padding is the share of columns that only fill up micro-batches of {plural(padding.micro_batch, 'row')},"
+            f" on {plural(report.ranks, 'rank')}, in the order of training; a skipped row's slot is padding too."
         )
-    else:
-        told += "Words are those of the steps that remain."
     problems = "".join(
-        f"<li>stage {stage.number}: {text(reason, 300)} ({often:,} rows)</li>"
+        f"<li>stage {stage.number}: {text(reason, 300)} ({plural(often, 'row')})</li>"
         for stage in report.stages
         for reason, often in ([(stage.problem, stage.rows)] if stage.problem else []) + stage.unusable.most_common(3)
     )
