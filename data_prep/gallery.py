@@ -51,7 +51,7 @@ def pick(index: ShardIndex, number: int, seed: int, preview: Preview | None) -> 
             picked.append(Sample(index.split, key, example, seen=seen))
         except BadSample as error:
             picked.append(Sample(index.split, key, None, str(error)))
-        except (ValueError, TypeError, AttributeError) as error:  # a record of the wrong types
+        except Exception as error:  # of many kinds: what odd records make the libraries raise
             picked.append(Sample(index.split, key, None, f"{key}: {error}"))
     return picked
 

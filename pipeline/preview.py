@@ -141,7 +141,7 @@ class Preview:
             return self.show(index.read(position), index.key(position))
         except BadSample as error:
             reason = error.reason
-        except (ValueError, TypeError, AttributeError) as error:  # a record of the wrong types
+        except Exception as error:  # of many kinds: what odd texts and pictures make the libraries raise
             reason = in_a_line(error)
         return [Seen(True, 0, range(0), problem=reason)] * len(self.config.curriculum.stages)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_prep.example import Example
 from data_prep.reader import open_split
 from data_prep.report import findings, make_report, summary
 from data_prep.report_html import page
 from pipeline.loader import Share, StageSteps
-from pipeline.preview import Preview, open_preview
+from pipeline.preview import OncePrompted, Preview, open_preview
 from pipeline.prompt import RowBuilder
 from tests.launch import TINY
 from tests.pipeline.examples import make_example
@@ -123,3 +125,19 @@ def test_fewer_rows_than_there_are(data: Path) -> None:
     measures = preview.measure(open_split(data, "train"), 30, ranks=1)
     assert [m.rows for m in measures] == [30] * 3
     assert [m.padding.rows for m in measures if m.padding] == [16] * 3  # a third of 30 in global batches of 8
+
+
+def test_a_sample_that_breaks_the_libraries(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted and named, in numbers and gallery alike."""
+    index, whole = open_split(data, "train"), OncePrompted.row
+
+    def row(self: OncePrompted, example: Example, *args: Any) -> Any:
+        if example.id == index.read(3).id:
+            raise OverflowError("too far")
+        return whole(self, example, *args)
+
+    monkeypatch.setattr(OncePrompted, "row", row)
+    made = make_report(str(data), [TINY], {}, 1000, 120, 0, ranks=1)
+    assert [stage.unusable for stage in made.stages] == [{"OverflowError: too far": 1}] * 3
+    assert [s.key for s in made.gallery if s.problem] == [index.key(3)]
+    assert any("stage 1: 0.8% of the rows cannot be used" in line for line in summary(made))
