@@ -155,7 +155,7 @@ class Preview:
         steps = StageSteps(
             index, self.builder, config.curriculum, measure.number, share, train.seed, config.data.last_batch
         )
-        measure.samples = len(steps.chosen) if measure.stage.where else len(index)
+        measure.samples = len(index) if steps.chosen is None else len(steps.chosen)
         measure.steps = len(steps)
         measure.padding = padding = Padding(micro_batch)
         most = rows if len(index) <= rows else rows // len(config.curriculum.stages)
