@@ -39,7 +39,16 @@ from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hype
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.monitor import Monitor, Progress, StepResult, Stopwatch, configure_logging, memory_gb, step_scalars
+from pipeline.monitor import (
+    Monitor,
+    Progress,
+    Sparing,
+    StepResult,
+    Stopwatch,
+    configure_logging,
+    memory_gb,
+    step_scalars,
+)
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
 from pipeline.validate import ValidationSet, validate
@@ -50,6 +59,7 @@ def main(
     ds: Path,
     recipe: str | None = None,
     data: str | None = None,
+    max_bad: int | None = None,
     out: Path | None = None,
     stages: str | None = None,
     resume: Literal["auto", "never"] = "auto",
@@ -61,13 +71,14 @@ def main(
 
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
     them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
-    shard folder; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
+    shard folder; --max_bad: stop when more samples than this could not be used; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
     goes on from what the run folder holds, --resume never stops if it holds anything; --prompt: default, released (how
     answers are asked for) or context (with the context or hint); --local_rank comes from the launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
+    overrides |= {"data.max_bad": str(max_bad)} if max_bad is not None else {}
     overrides |= {f"prompt.{name}": str(value) for name, value in PROMPTS[prompt].items()} if prompt else {}
     recipes = [Path(name) for name in recipe.split(",")] if recipe else [DEMO_RECIPE]
     config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
@@ -100,6 +111,7 @@ class Run:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
         self.bad_keys: set[str] = set()
+        self.sparing = Sparing(self.log.warning)
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
         self.device = distributed.start(world)
         self.stop = STOP
@@ -154,8 +166,8 @@ class Run:
         steps, before = self.parts.stages[stage], sum(lengths[:stage])
         shown = config.curriculum.stages[stage]
         self.log.info(
-            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %d samples an epoch",
-            stage, shown.latents, shown.skip, start, len(steps), steps.steps_per_epoch * train.global_batch,
+            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d; %s",
+            stage, shown.latents, shown.skip, start, len(steps), steps.describe(),
         )  # fmt: skip
         if start < len(steps):
             self.keeper.begin_stage(stage)
@@ -247,12 +259,12 @@ class Run:
             return
         lines = {line for part in distributed.gather([line for b in micro_batches for line in b.bad]) for line in part}
         for line in sorted(lines - self.bad_keys):
-            self.log.warning("skipped %s", line)
+            self.sparing("skipped %s", line)
         self.bad_keys |= lines
         if len(self.bad_keys) > self.config.data.max_bad:
             raise UserError(
                 f"{len(self.bad_keys)} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
-                f" their keys and reasons are in {self.out / 'logs'}"
+                f" keys and reasons are in {self.out / 'logs'}"
             )
 
     # ---- what happens around it -------------------------------------------------------------------------------

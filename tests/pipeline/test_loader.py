@@ -161,7 +161,7 @@ def test_seeds_epochs_and_stages_differ(index: ShardIndex, builder: RowBuilder) 
 # ---- the last batch, and lengths --------------------------------------------------------------
 def test_last_batch_is_padded(index: ShardIndex, builder: RowBuilder) -> None:
     dataset = steps(index, builder, last_batch="pad")
-    assert dataset.steps_per_epoch == 3 and len(dataset) == 6
+    assert dataset.order.steps_per_epoch == 3 and len(dataset) == 6
     epoch = [dataset[step] for step in range(3)]
     assert sorted(chain(*map(rows, epoch))) == list(range(SAMPLES))
     assert [sum(len(batch.keys) for batch in step) for step in epoch] == [8, 8, 8]
@@ -170,7 +170,7 @@ def test_last_batch_is_padded(index: ShardIndex, builder: RowBuilder) -> None:
 
 def test_last_batch_is_dropped(index: ShardIndex, builder: RowBuilder) -> None:
     dataset = steps(index, builder, last_batch="drop")
-    assert dataset.steps_per_epoch == 2 and len(dataset) == 4
+    assert dataset.order.steps_per_epoch == 2 and len(dataset) == 4
     counts = Counter(chain(rows(dataset[0]), rows(dataset[1])))
     assert len(counts) == 16 and set(counts.values()) == {1}
     other = Counter(chain(rows(dataset[2]), rows(dataset[3])))
@@ -202,7 +202,7 @@ def test_where_keeps_the_rows_that_match(index: ShardIndex, builder: RowBuilder)
     stages = [StageConfig(latents=1, skip=1, epochs=2, where={"kind": ["look", "follow"]})]
     for world in (1, 3):
         ranks = [steps(index, builder, stage=0, stages=stages, rank=r, world=world) for r in range(world)]
-        epoch = range(ranks[0].steps_per_epoch)
+        epoch = range(ranks[0].order.steps_per_epoch)
         assert len(epoch) == -(-len(wanted) // GLOBAL_BATCH) and len(ranks[0]) == 2 * len(epoch)
         assert sorted(chain(*(rows(rank[step]) for rank in ranks for step in epoch))) == wanted
 

@@ -17,7 +17,7 @@ from pipeline import train as module
 from pipeline import validate as validation
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.ds_config import Triangle
-from pipeline.monitor import Monitor, Stopwatch
+from pipeline.monitor import Monitor, Sparing, Stopwatch
 from pipeline.summary import stage_losses
 from pipeline.train import Run
 from tests.pipeline.test_plan import settings
@@ -53,6 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     run.config, run.out, run.device, run.world = settings(), tmp_path, CPU, distributed.World()
     run.plan, run.stop = SimpleNamespace(triangle=Triangle(2, 2, 1, 1)), SimpleNamespace(requested=False)
     run.bad_keys, run.dropped_steps, run.overlong = set(), 0, 0
+    run.sparing = Sparing(lambda *a: run.said.append(a[0] % a[1:]))
     run.said = []
     run.log = SimpleNamespace(
         warning=lambda *a: run.said.append(a[0] % a[1:]), error=lambda *a: run.said.append(a[0] % a[1:])
