@@ -93,9 +93,10 @@ class StageSteps(Dataset):
                 chosen = chosen[slice(*np.searchsorted(chosen, (member.first, end)))] - member.first
             salt = member.salt if len(members) > 1 else []
             streams.append(Stream(member.index.shard_sizes, self.seed, self.stage, chosen, member.first, salt))
+        lengths = functools.partial(expected_columns, self.index, self.builder)
         return BatchOrder(
             streams, [member.weight for member in members], self.share.global_batch, self.last_batch,
-            [self.seed, self.stage], self.group_by_length, functools.partial(expected_columns, self.index, self.builder),
+            [self.seed, self.stage], self.group_by_length, lengths,
         )  # fmt: skip
 
     def _check(self) -> None:
@@ -145,17 +146,13 @@ class StageSteps(Dataset):
         epochs, samples = self.order.take(step)
         share = self.share
         micro = rank_share(np.arange(len(samples)), share.rank, share.world, share.micro_batch)
-        built = [
-            [self._row(int(samples[i]), int(epochs[i])) if i != EMPTY else self._empty() for i in m] for m in micro
-        ]
+        epochs, samples = np.append(epochs, 0), np.append(samples, EMPTY)  # what slot EMPTY, the last, refers to
+        built = [[self._row(int(samples[slot]), int(epochs[slot])) for slot in slots] for slots in micro]
         return [collate(rows, self.builder.processor.row_format, self.passes) for rows in built]
-
-    def _empty(self) -> Row:
-        return masked_row(self.builder.processor.row_format)
 
     def _row(self, sample: int, epoch: int) -> Row:
         if sample == EMPTY:
-            return self._empty()
+            return masked_row(self.builder.processor.row_format)
         stage = self.curriculum.stages[stage_of_row(self.curriculum, self.stage, self.seed, epoch, sample)]
         return training_row(self.index, self.builder, sample, stage, self.curriculum)
 

@@ -19,10 +19,10 @@ from pipeline.prepare import check_base, check_data, check_made_from, data_folde
 from pipeline.user_files import read_yaml
 
 FREE = {
-    "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options", "data.workers",
-    "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
-    "eval.max_new_tokens",
+    "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options",
+    "data.workers", "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every",
+    "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 

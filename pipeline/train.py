@@ -71,9 +71,10 @@ def main(
 
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
     them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
-    shard folder; --max_bad: stop when more samples than this could not be used; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
-    goes on from what the run folder holds, --resume never stops if it holds anything; --prompt: default, released (how
-    answers are asked for) or context (with the context or hint); --local_rank comes from the launcher.
+    shard folder; --max_bad: stop when more samples than this could not be used; --out: run folder, runs/NAME without
+    it; --stages: such as 2 or 0-3, all without it; --resume auto goes on from what the run folder holds, --resume never
+    stops if it holds anything; --prompt: default, released (how answers are asked for) or context (with the context or
+    hint); --local_rank comes from the launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
