@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import UserError
+from data_prep.example import Example, InvalidExample
 from data_prep.reader import BadSample
 from pipeline import distributed
 from pipeline.batch import Batch, Row, collate, masked_row
@@ -115,19 +116,24 @@ class StageSteps(Dataset):
         config = self.curriculum.stages[self.stage]
         return config.steps or max(1, round((config.epochs or 0) * self.order.steps_per_epoch))
 
-    def describe(self) -> str:
-        """What an epoch is, for the log."""
+    def describe_epoch(self) -> str:
+        """What an epoch takes of the split, for the log."""
         order, members = self.order, members_of(self.index)
+        where = self.curriculum.stages[self.stage].where
+        kinds = " and ".join(f"{name} is {' or '.join(values)}" for name, values in where.items())
+        fitting = f" the {order.epoch_samples} whose {kinds} (curriculum.stages.where), of" if kinds else ""
+        said = f"{order.epoch_samples - order.dropped} samples an epoch, of{fitting} {len(self.index)} there are"
         if len(members) > 1:
             cycle = sum(member.weight for member in members)
-            parts = [
-                f"{member.name} {len(stream)} ({member.weight} of {cycle} rows)"
-                for member, stream in zip(members, order.streams, strict=True)
-            ]
-            return f"{order.epoch_samples} samples in all, of {', '.join(parts)}"
-        left = f", {order.dropped} samples dropped" if order.dropped else ""
-        left = f", {order.padded} slots padded" if order.padded else left
-        return f"{order.epoch_samples} samples an epoch in {order.steps_per_epoch} steps{left}"
+            parts = zip(members, order.streams, strict=True)
+            said += ": " + ", ".join(f"{m.name} {len(stream)} ({m.weight} of {cycle} rows)" for m, stream in parts)
+        return said
+
+    def describe_last_batch(self) -> str:
+        """What becomes of an epoch's last, incomplete batch, for the log; nothing where none is."""
+        if self.order.dropped:
+            return f"the last {self.order.dropped} samples of every epoch's order are dropped (data.last_batch)"
+        return f"{self.order.padded} slots of every epoch's last batch are padded" if self.order.padded else ""
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which a step begins; of a mixture, all its samples together are one."""
@@ -142,13 +148,17 @@ class StageSteps(Dataset):
         """(epoch, sample indices of the global batch) of a step."""
         return self.epoch_of(step), self.order.take(step)[1]
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def slots(self, step: int) -> list[list[tuple[int, int]]]:
+        """(sample, epoch) of every row of this rank's micro-batches, EMPTY for one that is only a slot."""
         epochs, samples = self.order.take(step)
         share = self.share
         micro = rank_share(np.arange(len(samples)), share.rank, share.world, share.micro_batch)
         epochs, samples = np.append(epochs, 0), np.append(samples, EMPTY)  # what slot EMPTY, the last, refers to
-        built = [[self._row(int(samples[slot]), int(epochs[slot])) for slot in slots] for slots in micro]
-        return [collate(rows, self.builder.processor.row_format, self.passes) for rows in built]
+        return [list(zip(samples[rows].tolist(), epochs[rows].tolist(), strict=True)) for rows in micro]
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        fmt = self.builder.processor.row_format
+        return [collate([self._row(*slot) for slot in slots], fmt, self.passes) for slots in self.slots(step)]
 
     def _row(self, sample: int, epoch: int) -> Row:
         if sample == EMPTY:
@@ -191,7 +201,7 @@ class _Matches(Dataset):
 
     def _matches(self, place: int) -> list[bool]:
         try:
-            fields = self.index.read(place).fields
+            fields = read_sound(self.index, place).fields
         except BadSample:
             return [True] * len(self.wheres)
         return [all(fields.get(name) in values for name, values in where.items()) for where in self.wheres]
@@ -263,6 +273,19 @@ def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> 
     return images[which.reshape(-1)] + sizes // 4
 
 
+def read_sound(index: Index, sample: int) -> Example:
+    """The Example at a position; its picture may still be one that cannot be decoded.
+
+    Raises BadSample, also where it breaks a rule that `data_prep.shard` keeps: another program wrote it.
+    """
+    example = index.read(sample)
+    try:
+        replace(example, image=None).validate()
+    except InvalidExample as error:
+        raise BadSample(index.key(sample), str(error)) from error
+    return example
+
+
 def training_row(
     index: Index, builder: RowBuilder, sample: int, stage: StageConfig, curriculum: CurriculumConfig
 ) -> Row:
@@ -270,7 +293,7 @@ def training_row(
     if sample == EMPTY:
         return masked_row(builder.processor.row_format)
     try:
-        example = index.read(sample)
+        example = read_sound(index, sample)
         shown = view(example.rationale, stage, curriculum.groups, curriculum.count)
         return builder.row(example, index.key(sample), sample, shown.latents, shown.steps)
     except OverlongSample:

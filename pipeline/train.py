@@ -167,9 +167,11 @@ class Run:
         steps, before = self.parts.stages[stage], sum(lengths[:stage])
         shown = config.curriculum.stages[stage]
         self.log.info(
-            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d; %s",
-            stage, shown.latents, shown.skip, start, len(steps), steps.describe(),
+            "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %s",
+            stage, shown.latents, shown.skip, start, len(steps), steps.describe_epoch(),
         )  # fmt: skip
+        if last_batch := steps.describe_last_batch():
+            self.log.info(last_batch)
         if start < len(steps):
             self.keeper.begin_stage(stage)
         progress = Progress(start, len(steps))
