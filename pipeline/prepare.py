@@ -231,7 +231,7 @@ def check_data(config: RunConfig) -> dict[str, Index]:
     return {split: Mixture(folders, indexes, weights) for split, indexes in opened.items()}
 
 
-LOOKED_AT, RUN = 100_000, 400
+LOOKED_AT, RUN = 100_000, 2_000
 """Index records that `check_patches` looks at, at most about, and how many of them lie side by side."""
 
 

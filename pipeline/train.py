@@ -199,6 +199,7 @@ class Run:
         if start == len(steps) and self.val_due(start, last=True) and self.keeper.best(stage) < 0:
             self._validate(stage, start, before + start - 1, steps)
         self.keeper.end_stage(stage, global_step=before + len(steps))
+        self.sparing.tell_rest()
         if self.bad_keys or self.dropped_steps or self.overlong:
             self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
                           len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
@@ -265,6 +266,7 @@ class Run:
             self.sparing("skipped %s", line)
         self.bad_keys |= lines
         if len(self.bad_keys) > self.config.data.max_bad:
+            self.sparing.tell_rest()
             raise UserError(
                 f"{len(self.bad_keys)} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
                 f" keys and reasons are in {self.out / 'logs'}"

@@ -95,6 +95,24 @@ def test_a_step_of_bad_rows_is_taken(run: Any) -> None:
     assert run.said == ["skipped row0: torn"] and run.engine.stepped
 
 
+def test_bad_samples_are_named_sparingly(run: Any) -> None:
+    """Some lines a minute, then a count, so that a bad disk does not fill another one; past the limit the run stops."""
+
+    def bad(first: int, last: int) -> None:
+        step(run, [collate([masked_row(FORMAT, f"row{n}", "torn") for n in range(first, last)], FORMAT, 0)])
+
+    now = [0.0]
+    run.config, run.sparing.clock = settings(**{"data.max_bad": "50"}), lambda: now[0]
+    bad(10, 40)
+    assert run.said == [f"skipped row{n}: torn" for n in range(10, 30)]
+    now[0] = 61.0
+    bad(30, 60)  # ten of them are known
+    assert run.said[20:22] == ["... and 10 more lines like these", "skipped row40: torn"] and len(run.said) == 41
+    with pytest.raises(UserError, match=r"51 samples could not be used, more than data.max_bad 50"):
+        bad(60, 61)
+    assert run.said[41:] == ["... and 1 more lines like these"]
+
+
 @pytest.mark.parametrize(
     ("nll", "norm"),
     [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, float("inf")), (2.0, -1.0)],
