@@ -17,7 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
 from pipeline.loader import Share, StageSteps, all_stages
-from pipeline.mixture import Index
+from pipeline.mixture import Index, Mixture
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 
@@ -88,8 +88,9 @@ def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
 
 def check_inputs(start: Checkpoint, index: Index, base_hash: str) -> None:
     """Raise UserError where data or base model are not those that a checkpoint was trained with."""
+    data = "data.mix (its folders, their order and weights)" if isinstance(index, Mixture) else "the training split"
     for name, ours, theirs in (
-        ("the training split", index.index_hash, start.state.index_hash),
+        (data, index.index_hash, start.state.index_hash),
         ("the base model", base_hash, start.state.base_hash),
     ):
         if ours != theirs:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import data_order
 from benchmarks.cases import make_batch, make_model
 from benchmarks.step_cost import VARIANTS, Bench, kept_bytes
 from pipeline.latent.method import LatentConfig
@@ -83,3 +84,16 @@ def test_wrong_options(options: list[str], message: str) -> None:
     command = [sys.executable, "-m", "benchmarks.step_cost", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_order_at_scale_and_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure is there; the longer the windows, the less padding, of the same rows where none are left over."""
+    monkeypatch.setattr(data_order, "SHARD", 40)
+    found = data_order.scale(tmp_path / "scale", 400, 8)
+    assert len(found) == 7 and min(found.values()) >= 0
+    padding = data_order.padding(tmp_path / "padding", 128, 16)
+    one, two = ([row for name, row in padding.items() if name.startswith(size)] for size in ("one", "two"))
+    assert len({row["real"] for row in one}) == 1 and len(one) == len(two) == 4
+    for rows in (one, two):
+        padded = [row["padded"] for row in rows]
+        assert padded[0] > 1.5 * padded[1] > 1.5 * padded[-1] > 0
