@@ -113,6 +113,20 @@ def test_bad_samples_are_named_sparingly(run: Any) -> None:
     assert run.said[41:] == ["... and 1 more lines like these"]
 
 
+def test_max_bad_is_a_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def plan(config: Any, *_: Any) -> None:
+        given.append(config.data)
+        raise UserError("as far as this test goes")
+
+    monkeypatch.setattr(module, "make_plan", plan)
+    for options in ({"max_bad": 7}, {"data.max_bad": "7"}):
+        with pytest.raises(UserError, match="as far as"):
+            module.main(ds=Path("x.json"), data="d", **options)
+    assert [(data.max_bad, data.path) for data in given] == [(7, "d")] * 2
+
+
 @pytest.mark.parametrize(
     ("nll", "norm"),
     [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, float("inf")), (2.0, -1.0)],
