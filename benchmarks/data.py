@@ -45,6 +45,7 @@ from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.order import EpochOrder
+from pipeline.prepare import check_patches
 from pipeline.prompt import PromptConfig, RowBuilder, open_image
 
 BATCH = 8
@@ -229,6 +230,7 @@ def first_batch(large: Path, words: Path, place: int) -> tuple[float, int]:
     curriculum = CurriculumConfig(stages=[StageConfig(latents=1, skip=1, epochs=1)])
     before, start = own_memory(), time.perf_counter()
     index = open_split(large, "train")
+    check_patches(index, builder.processor, 2)
     steps = StageSteps(index, builder, curriculum, 0, Share(0, 1, BATCH, BATCH), 0, "drop")
     batches = steps_from(steps, len(steps) * place // 100, workers=1)
     next(batches)

@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def main(
         write_json(json, result)
 
 
-def write_json(path: Path, result: Result) -> None:
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(result, indent=1) + "\n")
 
 

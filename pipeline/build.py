@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.reader import ShardIndex
 from pipeline import distributed, prepare
 from pipeline.backbones import BACKBONES
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
-from pipeline.loader import Share, StageSteps
+from pipeline.loader import Share, StageSteps, all_stages
+from pipeline.mixture import Index, Mixture
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 from pipeline.registry import load_plugin
@@ -31,7 +31,7 @@ class Parts:
     """DeepSpeed's, around a LatentModel"""
     processor: Any
     builder: RowBuilder
-    indexes: dict[str, ShardIndex]
+    indexes: dict[str, Index]
     """train, and val where validation is on"""
     stages: list[StageSteps]
     """This rank's data of every stage of the curriculum"""
@@ -52,8 +52,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     Raises UserError, on every rank, where something does not fit.
     """
     config = plan.config
-    splits = ["train"] + (["val"] if config.train.val_samples else [])
-    indexes = prepare.check_data(prepare.data_folder(config), splits)
+    indexes = prepare.check_data(config)
     processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
     taken = config.latent.patches_taken
     if taken and any(stage.latents for stage in config.curriculum.stages):
@@ -61,12 +60,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
             prepare.check_patches(index, processor, taken)
     builder = RowBuilder(processor, config.prompt, taken)
     share = Share(world.rank, world.size, plan.triangle.global_batch, plan.triangle.micro_batch)
-    stages = [
-        StageSteps(
-            indexes["train"], builder, config.curriculum, stage, share, config.train.seed, config.data.last_batch
-        )
-        for stage in range(len(config.curriculum.stages))
-    ]
+    stages = all_stages(indexes["train"], builder, config.curriculum, share, config.train.seed, config.data, log)
     base_hash = prepare.base_hash(base, without_frozen(config), config.model.revision) if world.main else ""
     base_hash = distributed.from_main(base_hash)
     for start in plan.starts.values():
@@ -93,10 +87,11 @@ def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
     return base
 
 
-def check_inputs(start: Checkpoint, index: ShardIndex, base_hash: str) -> None:
+def check_inputs(start: Checkpoint, index: Index, base_hash: str) -> None:
     """Raise UserError where data or base model are not those that a checkpoint was trained with."""
+    data = "data.mix (its folders, their order and weights)" if isinstance(index, Mixture) else "the training split"
     for name, ours, theirs in (
-        ("the training split", index.index_hash, start.state.index_hash),
+        (data, index.index_hash, start.state.index_hash),
         ("the base model", base_hash, start.state.base_hash),
     ):
         if ours != theirs:

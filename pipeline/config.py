@@ -6,7 +6,7 @@ Nothing here builds a model or a process group; what is wrong is said before any
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -88,11 +88,25 @@ class ModelConfig(Section):
     """How latent passes are executed, with the same numbers (pipeline/latent/schedules.py); prepass: `detach` only."""
 
 
+class MixedData(Section):
+    """A data set of a mixture."""
+
+    path: str = Field(min_length=1)
+    """Shard folder."""
+    weight: int = Field(ge=1, le=10_000)
+    """Its rows among every so many as all weights are together."""
+
+
 class DataConfig(Section):
     """Where rows come from and how they are read."""
 
     path: str | None = None
     """Shard folder made by data_prep.shard (also --data)."""
+    mix: list[MixedData] = []
+    """Several shard folders in place of one: `[{path: data/a, weight: 3}, {path: data/b, weight: 1}]` takes 3 rows of a
+    and 1 of b in every 4, evenly spread.  Each data set goes through its own epochs, every sample once in each; the
+    stream of rows never ends, so that no batch is incomplete, and one of a stage's `epochs` is as many rows as all data
+    sets have together.  Validation takes the val splits of all; evaluation, without --data, the first one's."""
     source: Literal["m3cot", "scienceqa", "jsonl", "trails"] | None = None
     """Make the folder from this source when it does not exist."""
     options: dict[str, str | int | float] = {}
@@ -101,8 +115,12 @@ class DataConfig(Section):
     """Processes a rank that decode and tokenise; 0 does it in the training process."""
     last_batch: Literal["drop", "pad"] = "drop"
     """What becomes of an epoch's last, incomplete batch."""
+    group_by_length: int = Field(0, ge=0, le=10_000)
+    """W: the samples of every W global batches are sorted by length, as far as the index tells it (image columns, and
+    text bytes / 4), and cut into W batches anew, which come in random order: less padding, but batches of rows alike in
+    length.  0 leaves the order random."""
     max_bad: int = Field(100, ge=0)
-    """Stop when more samples than this could not be used."""
+    """Stop when more samples than this could not be used (also --max_bad)."""
 
 
 class OptimConfig(Section):
@@ -202,6 +220,7 @@ def load_config(
     """
     recipes = [recipe] if isinstance(recipe, Path) else list(recipe or [])
     values = read_recipes(recipes)
+    values = _without_other_data(values, [name.removeprefix("data.") for name in overrides])
     known = dict(field_names())
     problems = unknown_options(overrides, [*known, *also])
     for name, text in overrides.items():
@@ -257,8 +276,20 @@ def read_recipes(paths: Iterable[Path]) -> dict[str, Any]:
     """Nested values of recipe files, laid over each other in order.  Raises UserError as `read_recipe`."""
     values: dict[str, Any] = {}
     for path in paths:
-        values = merged(values, read_recipe(path))
+        over = read_recipe(path)
+        given = over.get("data")
+        values = merged(_without_other_data(values, given if isinstance(given, dict) else ()), over)
     return values
+
+
+def _without_other_data(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """`values` without the shard folders that those `given` later, of fields of `data`, take the place of."""
+    replaced = {"path": "mix", "mix": "path"}
+    gone = {other for name, other in replaced.items() if name in given and other not in given}
+    data = values.get("data")
+    if not gone or not isinstance(data, dict):
+        return values
+    return {**values, "data": {name: value for name, value in data.items() if name not in gone}}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -288,8 +319,14 @@ def inconsistencies(config: RunConfig) -> Iterator[str]:
         yield "model.schedule prepass needs latent.latent_grad detach: its latent passes keep no graph"
     if train.micro_batch and train.micro_batch > train.global_batch:
         yield f"train.micro_batch {train.micro_batch} is larger than train.global_batch {train.global_batch}"
-    if config.data.path is None and config.data.source is None:
-        yield "no data: give --data DIR, or data.source to make one"
+    if config.data.path is None and config.data.source is None and not config.data.mix:
+        yield "no data: give --data DIR, or data.source to make one, or data.mix"
+    if config.data.path is not None and config.data.mix:
+        yield "give either data.path (--data) or data.mix"
+    folders = [Path(member.path).resolve() for member in config.data.mix]
+    for i, member in enumerate(config.data.mix):
+        if folders.index(folders[i]) < i:
+            yield f"data.mix has {member.path} twice; add up its weights"
     latents = max(stage.latents for stage in config.curriculum.stages)
     columns = config.latent.step_columns
     if columns == 0 and latents:

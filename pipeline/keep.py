@@ -35,17 +35,18 @@ class Keeper:
         global_steps: steps of all stages that are done; best: what validation found, where it was the stage's best.
         Raises UserError where another start has taken the run folder.
         """
+        data = self.parts.stages[stage].state(done)
         state = RunState(
             stage=stage,
             step=done,
             stage_steps=length,
             global_step=global_steps,
-            samples=done * self.plan.triangle.global_batch,
-            epoch=done // self.parts.stages[stage].steps_per_epoch,
-            seed=self.config.train.seed,
+            samples=data.samples,
+            epoch=data.epoch,
+            seed=data.seed,
             world=self.world.size,
             zero_stage=self.plan.zero_stage,
-            index_hash=self.parts.indexes["train"].index_hash,
+            index_hash=data.index_hash,
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
         )

@@ -5,20 +5,26 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import UserError
-from data_prep.reader import BadSample, ShardIndex
+from data_prep.example import Example, InvalidExample
+from data_prep.reader import BadSample
+from pipeline import distributed
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
-from pipeline.order import EMPTY, EpochOrder, rank_share
+from pipeline.mixture import Index, members_of, record_values
+from pipeline.order import EMPTY, BatchOrder, DataState, Stream, rank_share
 from pipeline.prompt import OverlongSample, RowBuilder, UnusableSample
 
 LAST_SECONDS = 30
@@ -41,67 +47,122 @@ class Share:
         return -(-share // self.micro_batch)
 
 
+Where = Mapping[str, Collection[str]]
+"""Breakdown fields -> the values that are wanted"""
+
+
 class StageSteps(Dataset):
     """Map-style: step of a stage -> this rank's micro-batches.  A pure function of its arguments."""
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: Index,
         builder: RowBuilder,
         curriculum: CurriculumConfig,
         stage: int,
         share: Share,
         seed: int,
         last_batch: str,
+        group_by_length: int = 0,
+        chosen: np.ndarray | None = None,
     ) -> None:
+        """group_by_length: `data.group_by_length`; chosen: what `matching` found for the stage, if that is known.
+
+        Raises UserError where too few samples fit the stage.
+        """
         self.index, self.builder, self.curriculum = index, builder, curriculum
         self.stage, self.share, self.seed = stage, share, seed
+        self.last_batch, self.group_by_length = last_batch, group_by_length
         self.passes = curriculum.stages[stage].latents
         if curriculum.mix:
             self.passes = max(s.latents for s in curriculum.stages[: stage + 1])
-        self.chosen = matching(index, curriculum.stages[stage].where)
-        shards = index.records["shard"][self.chosen]
-        self._sizes = np.bincount(shards, minlength=len(index.shard_sizes)).tolist()
-        samples, batch = len(self.chosen), share.global_batch
-        self.steps_per_epoch = samples // batch if last_batch == "drop" else -(-samples // batch)
-        if not self.steps_per_epoch:
+        where = curriculum.stages[stage].where
+        self.chosen = matching(index, [where])[0] if where and chosen is None else chosen
+        self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "order"}  # its caches stay behind
+
+    @functools.cached_property
+    def order(self) -> BatchOrder:
+        """Which samples a step has; the same on every rank."""
+        members = members_of(self.index)
+        streams = []
+        for member in members:
+            chosen, end = self.chosen, member.first + len(member.index)
+            if chosen is not None:
+                chosen = chosen[slice(*np.searchsorted(chosen, (member.first, end)))] - member.first
+            salt = member.salt if len(members) > 1 else []
+            streams.append(Stream(member.index.shard_sizes, self.seed, self.stage, chosen, member.first, salt))
+        lengths = functools.partial(expected_columns, self.index, self.builder)
+        return BatchOrder(
+            streams, [member.weight for member in members], self.share.global_batch, self.last_batch,
+            [self.seed, self.stage], self.group_by_length, lengths,
+        )  # fmt: skip
+
+    def _check(self) -> None:
+        members, order = members_of(self.index), self.order
+        nothing = [m.name for m, stream in zip(members, order.streams, strict=True) if not len(stream)]
+        if nothing and len(members) > 1:
+            raise UserError(*(f"stage {self.stage}: no training sample of {name} fits it" for name in nothing))
+        if not order.steps_per_epoch:
             raise UserError(
-                f"stage {stage}: {samples} training samples fit it, less than one global batch of {batch};"
-                " lower train.global_batch or set data.last_batch to pad"
+                f"stage {self.stage}: {order.epoch_samples} training samples fit it, less than one global batch of"
+                f" {order.batch}; lower train.global_batch or set data.last_batch to pad"
             )
-        self._epoch: tuple[int, EpochOrder] | None = None
 
     def __len__(self) -> int:
         """Steps of the stage."""
         config = self.curriculum.stages[self.stage]
-        return config.steps or max(1, round((config.epochs or 0) * self.steps_per_epoch))
+        return config.steps or max(1, round((config.epochs or 0) * self.order.steps_per_epoch))
 
     def describe_epoch(self) -> str:
         """What an epoch takes of the split, for the log."""
-        taken = min(self.steps_per_epoch * self.share.global_batch, len(self.chosen))
+        order, members = self.order, members_of(self.index)
         where = self.curriculum.stages[self.stage].where
         kinds = " and ".join(f"{name} is {' or '.join(values)}" for name, values in where.items())
-        fitting = f" the {len(self.chosen)} whose {kinds} (curriculum.stages.where), of" if kinds else ""
-        return f"{taken} samples an epoch, of{fitting} {len(self.index)} there are"
+        fitting = f" the {order.epoch_samples} whose {kinds} (curriculum.stages.where), of" if kinds else ""
+        said = f"{order.epoch_samples - order.dropped} samples an epoch, of{fitting} {len(self.index)} there are"
+        if len(members) > 1:
+            cycle = sum(member.weight for member in members)
+            parts = zip(members, order.streams, strict=True)
+            said += ": " + ", ".join(f"{m.name} {len(stream)} ({m.weight} of {cycle} rows)" for m, stream in parts)
+        return said
+
+    def describe_last_batch(self) -> str:
+        """What becomes of an epoch's last, incomplete batch, for the log; nothing where none is."""
+        if self.order.dropped:
+            return f"the last {self.order.dropped} samples of every epoch's order are dropped (data.last_batch)"
+        return f"{self.order.padded} slots of every epoch's last batch are padded" if self.order.padded else ""
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch in which a step begins; of a mixture, all its samples together are one."""
+        return self.order.epoch_of(step)
+
+    def state(self, step: int) -> DataState:
+        """How far the data is when `step` steps are done."""
+        samples = step * self.share.global_batch
+        return DataState(self.stage, self.epoch_of(step), samples, self.seed, self.index.index_hash)
 
     def samples(self, step: int) -> tuple[int, np.ndarray]:
         """(epoch, sample indices of the global batch) of a step."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, EpochOrder(self._sizes, self.seed, self.stage, epoch))
-        places = self._epoch[1].take(batch * self.share.global_batch, self.share.global_batch)
-        return epoch, np.where(places == EMPTY, EMPTY, self.chosen[places])
+        return self.epoch_of(step), self.order.take(step)[1]
+
+    def slots(self, step: int) -> list[list[tuple[int, int]]]:
+        """(sample, epoch) of every row of this rank's micro-batches, EMPTY for one that is only a slot."""
+        epochs, samples = self.order.take(step)
+        share = self.share
+        micro = rank_share(np.arange(len(samples)), share.rank, share.world, share.micro_batch)
+        epochs, samples = np.append(epochs, 0), np.append(samples, EMPTY)  # what slot EMPTY, the last, refers to
+        return [list(zip(samples[rows].tolist(), epochs[rows].tolist(), strict=True)) for rows in micro]
 
     def __getitem__(self, step: int) -> list[Batch]:
-        epoch, samples = self.samples(step)
-        share = self.share
-        micro = rank_share(samples, share.rank, share.world, share.micro_batch)
-        return [self._collate([self._row(int(i), epoch) for i in rows]) for rows in micro]
-
-    def _collate(self, rows: list[Row]) -> Batch:
-        return collate(rows, self.builder.processor.row_format, self.passes)
+        fmt = self.builder.processor.row_format
+        return [collate([self._row(*slot) for slot in slots], fmt, self.passes) for slots in self.slots(step)]
 
     def _row(self, sample: int, epoch: int) -> Row:
+        if sample == EMPTY:
+            return masked_row(self.builder.processor.row_format)
         stage = self.curriculum.stages[stage_of_row(self.curriculum, self.stage, self.seed, epoch, sample)]
         return training_row(self.index, self.builder, sample, stage, self.curriculum)
 
@@ -120,32 +181,119 @@ def _end_on_term(rank: int) -> None:
     os._exit(0)
 
 
-def matching(index: ShardIndex, where: Mapping[str, Collection[str]]) -> np.ndarray:
-    """Positions of the samples whose breakdown fields have the values that `where` lists; all without it.
+STRETCH = 256
+"""Samples that `matching` reads at a time."""
+PROGRESS_SECONDS = 10
 
-    Reads every sample once if there is something to compare.  A bad sample matches: it is to be counted as bad.
-    """
-    if not where:
-        return np.arange(len(index))
 
-    def matches(position: int) -> bool:
+class _Matches(Dataset):
+    """Stretches of samples -> which of them each of `wheres` keeps, (wheres, samples) bool."""
+
+    def __init__(self, index: Index, wheres: Sequence[Where], start: int, stop: int) -> None:
+        self.index, self.wheres, self.places = index, wheres, range(start, stop)
+
+    def __len__(self) -> int:
+        return -(-len(self.places) // STRETCH)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        places = self.places[number * STRETCH : (number + 1) * STRETCH]
+        return np.array([self._matches(place) for place in places]).T
+
+    def _matches(self, place: int) -> list[bool]:
         try:
-            fields = index.read(position).fields
+            fields = read_sound(self.index, place).fields
         except BadSample:
-            return True
-        return all(fields.get(name) in values for name, values in where.items())
+            return [True] * len(self.wheres)
+        return [all(fields.get(name) in values for name, values in where.items()) for where in self.wheres]
 
-    return np.array([i for i in range(len(index)) if matches(i)], dtype=np.int64)
+
+def matching(
+    index: Index,
+    wheres: Sequence[Where],
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    say: Callable[..., None] = lambda *_: None,
+) -> list[np.ndarray]:
+    """For each of `wheres`: positions of the samples whose breakdown fields have the values that it lists.
+
+    Reads every sample once.  A bad sample matches: it is to be counted as bad.  Several ranks, which call it together,
+    read a part each.
+    """
+    dataset = _Matches(index, wheres, len(index) * rank // world, len(index) * (rank + 1) // world)
+    found, told = [np.zeros((len(wheres), 0), dtype=bool)], time.monotonic()
+    for number, part in enumerate(_loaded(dataset, range(len(dataset)), workers)):
+        found.append(part)
+        if time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            say("looking for the samples that fit: %d%%", 100 * number // len(dataset))
+    mine = np.concatenate(found, axis=1)
+    if world > 1:
+        parts = distributed.gather((np.packbits(mine, axis=1), mine.shape[1]))
+        mine = np.concatenate([np.unpackbits(bits, axis=1, count=count) for bits, count in parts], axis=1)
+    return [np.flatnonzero(row) for row in mine]
+
+
+def all_stages(
+    index: Index, builder: RowBuilder, curriculum: CurriculumConfig, share: Share, seed: int, data: Any, log: Any
+) -> list[StageSteps]:
+    """The data of every stage on this rank; ranks call it together.  data: `pipeline.config.DataConfig`.
+
+    Samples are read, for stages with `where`, once for all of them.
+    """
+    wheres = list({repr(stage.where): stage.where for stage in curriculum.stages if stage.where}.values())
+    found: list[np.ndarray] = []
+    if wheres:
+        log.info("reading %d samples for curriculum.stages.where", len(index))
+        found = matching(index, wheres, data.workers, share.rank, share.world, log.info)
+    return [
+        StageSteps(
+            index, builder, curriculum, number, share, seed, data.last_batch, data.group_by_length,
+            found[wheres.index(stage.where)] if stage.where else None,
+        )
+        for number, stage in enumerate(curriculum.stages)
+    ]  # fmt: skip
+
+
+def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> np.ndarray:
+    """About how many columns the rows of samples have, (samples,) int64, from the index records alone.
+
+    The image's columns, which follow from its size, and a column for every 4 bytes of the sample's text.
+    """
+
+    def columns_of(width: int, height: int) -> int:
+        try:
+            return builder.processor.image_columns(width, height) if width and height else 0
+        except ValueError:  # no shape for the model: it will be a masked row
+            return 0
+
+    widths, heights, sizes = record_values(index, samples, "width", "height", "json_size")
+    shapes, which = np.unique(np.stack([widths, heights]), axis=1, return_inverse=True)
+    images = np.array([columns_of(int(w), int(h)) for w, h in shapes.T], dtype=np.int64)
+    return images[which.reshape(-1)] + sizes // 4
+
+
+def read_sound(index: Index, sample: int) -> Example:
+    """The Example at a position; its picture may still be one that cannot be decoded.
+
+    Raises BadSample, also where it breaks a rule that `data_prep.shard` keeps: another program wrote it.
+    """
+    example = index.read(sample)
+    try:
+        replace(example, image=None).validate()
+    except InvalidExample as error:
+        raise BadSample(index.key(sample), str(error)) from error
+    return example
 
 
 def training_row(
-    index: ShardIndex, builder: RowBuilder, sample: int, stage: StageConfig, curriculum: CurriculumConfig
+    index: Index, builder: RowBuilder, sample: int, stage: StageConfig, curriculum: CurriculumConfig
 ) -> Row:
     """The row of a sample as `stage` shows it; a masked row, saying why, for one that cannot be used."""
     if sample == EMPTY:
         return masked_row(builder.processor.row_format)
     try:
-        example = index.read(sample)
+        example = read_sound(index, sample)
         shown = view(example.rationale, stage, curriculum.groups, curriculum.count)
         return builder.row(example, index.key(sample), sample, shown.latents, shown.steps)
     except OverlongSample:
@@ -157,12 +305,22 @@ def training_row(
 
 def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[Batch]]:
     """Micro-batches of steps `start`, `start+1`, ... of the stage, in order, whatever the number of workers."""
+    return _loaded(dataset, range(start, len(dataset)), workers)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _loaded(dataset: Dataset, sampler: range, workers: int) -> Iterator[Any]:
+    """Items of a data set, in the sampler's order, made by worker processes; by none, in this one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     return iter(
         DataLoader(
             dataset,
             batch_size=None,
-            sampler=range(start, len(dataset)),
+            collate_fn=_as_it_is,
+            sampler=sampler,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_outlast_signals,

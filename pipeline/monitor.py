@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,32 @@ def configure_logging(folder: Path, rank: int) -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     return log
+
+
+@dataclass
+class Sparing:
+    """Says at most `lines` lines a minute; how many it kept to itself comes with the first of a later minute."""
+
+    say: Callable[..., None]
+    """Such as a logger's `warning`"""
+    lines: int = 20
+    clock: Callable[[], float] = time.monotonic
+    _since: float = -math.inf
+    _said: int = 0
+
+    def __call__(self, text: str, *args: object) -> None:
+        if self.clock() - self._since >= 60:
+            self.tell_rest()
+            self._since = self.clock()
+        self._said += 1
+        if self._said <= self.lines:
+            self.say(text, *args)
+
+    def tell_rest(self) -> None:
+        """Say how many lines were left out since the last minute began."""
+        if self._said > self.lines:
+            self.say("... and %d more lines like these", self._said - self.lines)
+        self._said = 0
 
 
 def step_of(line: bytes) -> int | None:

@@ -20,10 +20,10 @@ from pipeline.registry import PLUGIN, load_plugin, plugin_hash
 from pipeline.user_files import read_yaml
 
 FREE = {
-    "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",
-    "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.trace", "train.export",
-    "eval.max_new_tokens",
+    "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options",
+    "data.workers", "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every",
+    "train.trace", "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
@@ -79,11 +79,11 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
         attempt(check_ds_config, ds, ds_path, triangle, config)
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
     attempt(check_base, config.model, config.prompt)
-    folder = data_folder(config)
-    if (folder / "manifest.json").exists() or config.data.source is None:
-        splits = ["train"] + (["val"] if config.train.val_samples else [])
-        indexes = attempt(check_data, folder, splits)
-        if indexes and config.data.last_batch == "drop" and triangle and len(indexes["train"]) < triangle.global_batch:
+    folder, data = data_folder(config), config.data
+    if (folder / "manifest.json").exists() or data.source is None or data.mix:
+        indexes = attempt(check_data, config)
+        dropped = data.last_batch == "drop" and not data.mix
+        if indexes and dropped and triangle and len(indexes["train"]) < triangle.global_batch:
             problems.append(
                 f"{folder}: {len(indexes['train'])} training samples are less than one global batch of"
                 f" {triangle.global_batch}; lower train.global_batch or set data.last_batch to pad"

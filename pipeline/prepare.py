@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from data_prep.reader import ShardIndex, open_split
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
+from pipeline.mixture import Index, Mixture, record_values
 from pipeline.model import lora_scope
 from pipeline.prompt import Processor, PromptConfig
 from pipeline.user_files import load_json
@@ -47,14 +49,20 @@ READER_FILES = (
 
 
 def data_folder(config: RunConfig) -> Path:
-    """--data, or data/NAME of the recipe that makes its own."""
-    return Path(config.data.path or f"data/{config.name}")
+    """--data, or data/NAME of the recipe that makes its own; of a mixture the first."""
+    return data_folders(config)[0]
+
+
+def data_folders(config: RunConfig) -> list[Path]:
+    """The folder that is trained on, or all of `data.mix`."""
+    mixed = [Path(member.path) for member in config.data.mix]
+    return mixed or [Path(config.data.path or f"data/{config.name}")]
 
 
 def make_data(config: RunConfig, say: Any) -> None:
     """Make the shard folder where the recipe says from what and it does not exist."""
     folder, data = data_folder(config).absolute(), config.data
-    if (folder / "manifest.json").exists() or data.source is None:
+    if (folder / "manifest.json").exists() or data.source is None or data.mix:
         return
     words = [f"--{name}={value}" for name, value in data.options.items()]
     command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
@@ -69,6 +77,8 @@ def make_data(config: RunConfig, say: Any) -> None:
 def check_made_from(config: RunConfig) -> None:
     """Raise UserError where the recipe's source made the shard folder with other options than the recipe says."""
     folder, data = data_folder(config), config.data
+    if data.mix:
+        return
     made = read_manifest(folder)["source"]
     if made["name"] != data.source:
         return  # somebody's own data in place of what the recipe would make
@@ -95,7 +105,8 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     shutil.rmtree(base, ignore_errors=True)
     writing = run / "base.writing"
     shutil.rmtree(writing, ignore_errors=True)
-    tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size, family.TOKENIZER)
+    texts = chain.from_iterable(map(texts_of_folder, data_folders(config)))
+    tokenizer = train_tokenizer(texts, writing, scratch.vocab_size, family.TOKENIZER)
     torch.manual_seed(config.train.seed)
     vlm = family.create(scratch, tokenizer, writing)
     parameters = sum(p.numel() for p in vlm.parameters())
@@ -179,27 +190,57 @@ def base_hash(base: Path | str, weights: bool, revision: str | None = None) -> s
     return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def check_data(folder: Path, splits: list[str]) -> dict[str, ShardIndex]:
-    """The splits' indexes.  Raises UserError for every one that is missing, empty or inconsistent."""
-    indexes, problems = {}, []
-    for split in splits:
-        try:
-            indexes[split] = open_split(folder, split)
-            if not len(indexes[split]):
-                problems.append(f"{folder}: split {split} is empty")
-        except UserError as error:
-            problems += error.lines
+def check_data(config: RunConfig) -> dict[str, Index]:
+    """The indexes of the splits that a run needs: train, and val where validation is on.
+
+    Raises UserError for everything that is missing, empty, inconsistent or in a mixture twice.
+    """
+    folders, problems = data_folders(config), list[str]()
+    splits = ["train"] + (["val"] if config.train.val_samples else [])
+    opened: dict[str, list[ShardIndex]] = {split: [] for split in splits}
+    for folder in folders:
+        for split in splits:
+            try:
+                opened[split].append(open_split(folder, split))
+                if not len(opened[split][-1]):
+                    problems.append(f"{folder}: split {split} is empty")
+            except UserError as error:
+                problems += error.lines
+    if not problems:
+        hashes = [index.index_hash for index in opened["train"]]
+        problems += [
+            f"data.mix: {folders[i]} holds the same samples as {folders[first]}; leave one out"
+            for i, found in enumerate(hashes)
+            if (first := hashes.index(found)) < i
+        ]
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return indexes
+    if not config.data.mix:
+        return {split: indexes[0] for split, indexes in opened.items()}
+    weights = [member.weight for member in config.data.mix]
+    return {split: Mixture(folders, indexes, weights) for split, indexes in opened.items()}
 
 
-def check_patches(index: ShardIndex, processor: Processor, num_patches: int) -> None:
+LOOKED_AT, RUN = 100_000, 2_000
+"""Index records that `check_patches` looks at, at most about, and how many of them lie side by side."""
+
+
+def spread(samples: int) -> np.ndarray:
+    """Evenly spread positions among `samples`, all of them where they are few; in runs, so that little is read."""
+    if samples <= LOOKED_AT:
+        return np.arange(samples)
+    starts = np.linspace(0, samples - RUN, LOOKED_AT // RUN).astype(np.int64)
+    return (starts[:, None] + np.arange(RUN)).reshape(-1)
+
+
+def check_patches(index: Index, processor: Processor, num_patches: int) -> None:
     """Raise UserError where a latent step asks for more patches than some image of the split has.
 
-    Sizes come from the index; no image is decoded.
+    Sizes come from the index; no image is decoded.  Of a large split it looks at about `LOOKED_AT` samples: where the
+    others have an image that is too small, its row is masked and counted when it comes up.
     """
-    sizes = np.stack([index.records["width"], index.records["height"]], axis=1)
+    places = spread(len(index))
+    sizes = record_values(index, places, "width", "height").T
     unique, first, counts = np.unique(sizes, axis=0, return_index=True, return_counts=True)
 
     def columns_of(width: int, height: int) -> int:
@@ -216,5 +257,5 @@ def check_patches(index: ShardIndex, processor: Processor, num_patches: int) -> 
         raise UserError(
             f"latent.num_patches {num_patches} is more than the {columns[i]} patches of a {w}x{h} image"
             f" ({sum(int(counts[j]) for j in short)} images of {index.split} are too small,"
-            f" for example {index.key(int(first[i]))}); lower it, or set prompt.image_size"
+            f" for example {index.key(int(places[first[i]]))}); lower it, or set prompt.image_size"
         )

@@ -193,8 +193,8 @@ class RowBuilder:
                 pixels, grid = self.processor.image(open_image(example.image))
             except UnusableSample:
                 raise
-            except ValueError as error:
-                raise UnusableSample(f"image: {error}") from error
+            except Exception as error:  # no shape for the model, no memory, whatever its library makes of it
+                raise UnusableSample(f"image: {str(error) or type(error).__name__}") from error
             grids = [grid]
         text, given = self.question(example, answer=answer), list[int]()
         if answer and self.config.asked == "released":

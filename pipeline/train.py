@@ -40,7 +40,16 @@ from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hype
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.monitor import Monitor, Progress, StepResult, Stopwatch, configure_logging, memory_gb, step_scalars
+from pipeline.monitor import (
+    Monitor,
+    Progress,
+    Sparing,
+    StepResult,
+    Stopwatch,
+    configure_logging,
+    memory_gb,
+    step_scalars,
+)
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
 from pipeline.validate import ValidationSet, validate
@@ -51,6 +60,7 @@ def main(
     ds: Path,
     recipe: str | None = None,
     data: str | None = None,
+    max_bad: int | None = None,
     out: Path | None = None,
     stages: str | None = None,
     resume: Literal["auto", "elastic", "never"] = "auto",
@@ -62,14 +72,16 @@ def main(
 
     --ds: DeepSpeed file (ds_configs/); --recipe: recipes/*.yaml, the demo without it; several, with commas between
     them, are read from left to right; --plugin: a file that adds parts of the method (docs/new_method.md); --data:
-    shard folder; --out: run folder, runs/NAME without it; --stages: such as 2 or 0-3, all without it; --resume auto
-    goes on from what the run folder holds, --resume elastic also with another number of ranks or ZeRO stage, --resume
-    never stops if it holds anything; --prompt: default, released (how answers are asked for) or context (with the
-    context or hint); --local_rank comes from the launcher.
+    shard folder; --max_bad: stop when more samples than this could not be used; --out: run folder, runs/NAME without
+    it; --stages: such as 2 or 0-3, all without it; --resume auto goes on from what the run folder holds, --resume
+    elastic also with another number of ranks or ZeRO stage, --resume never stops if it holds anything; --prompt:
+    default, released (how answers are asked for) or context (with the context or hint); --local_rank comes from the
+    launcher.
     SECTION.FIELD: every setting is in pipeline/config.py with its meaning.
     """
     world = World.from_environment()
     overrides = options | ({"data.path": data} if data else {})
+    overrides |= {"data.max_bad": str(max_bad)} if max_bad is not None else {}
     overrides |= {f"prompt.{name}": str(value) for name, value in PROMPTS[prompt].items()} if prompt else {}
     recipes = recipe_paths(recipe) if recipe else [DEMO_RECIPE]
     config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
@@ -108,6 +120,7 @@ class Run:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.log = configure_logging(self.out / "logs", world.rank)
         self.bad_keys: set[str] = set()
+        self.sparing = Sparing(self.log.warning)
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
         self.device = distributed.start(world)
         self.stop = STOP
@@ -172,6 +185,8 @@ class Run:
             "stage %d: %d latent steps, %d reasoning steps skipped; steps %d to %d, %s",
             stage, shown.latents, shown.skip, start, len(steps), steps.describe_epoch(),
         )  # fmt: skip
+        if last_batch := steps.describe_last_batch():
+            self.log.info(last_batch)
         if start < len(steps):
             self.keeper.begin_stage(stage)
         progress = Progress(start, len(steps))
@@ -200,6 +215,7 @@ class Run:
         if start == len(steps) and self.val_due(start, last=True) and self.keeper.best(stage) < 0:
             self._validate(stage, start, before + start - 1, steps)
         self.keeper.end_stage(stage, global_step=before + len(steps))
+        self.sparing.tell_rest()
         if self.bad_keys or self.dropped_steps or self.overlong:
             self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
                           len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
@@ -263,12 +279,13 @@ class Run:
             return
         lines = {line for part in distributed.gather([line for b in micro_batches for line in b.bad]) for line in part}
         for line in sorted(lines - self.bad_keys):
-            self.log.warning("skipped %s", line)
+            self.sparing("skipped %s", line)
         self.bad_keys |= lines
         if len(self.bad_keys) > self.config.data.max_bad:
+            self.sparing.tell_rest()
             raise UserError(
                 f"{len(self.bad_keys)} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
-                f" their keys and reasons are in {self.out / 'logs'}"
+                f" keys and reasons are in {self.out / 'logs'}"
             )
 
     # ---- what happens around it -------------------------------------------------------------------------------

@@ -5,21 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import deepspeed
+import numpy as np
 import torch
 
 from data_prep.example import Example
-from data_prep.reader import ShardIndex
 from pipeline.batch import Batch, collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total
 from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
 from pipeline.loader import Share, training_row
+from pipeline.mixture import Index, members_of
 from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder
 
 SUBSET_SEED = 1
 """Seed of the subset: fixed, so that every run of a data folder validates on the same rows."""
+
+
+def subset(index: Index, samples: int) -> np.ndarray:
+    """Positions of `samples` samples, or of all where there are fewer; of a mixture equally many of each data set."""
+    orders = [
+        member.first + EpochOrder(member.index.shard_sizes, SUBSET_SEED, 0, 0).take(0, min(samples, len(member.index)))
+        for member in members_of(index)
+    ]
+    turns = sorted((turn, who) for who, order in enumerate(orders) for turn in range(len(order)))
+    return np.array([orders[who][turn] for turn, who in turns[:samples]], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class ValidationSet:
     @classmethod
     def of(
         cls,
-        index: ShardIndex,
+        index: Index,
         builder: RowBuilder,
         stage: StageConfig,
         curriculum: CurriculumConfig,
@@ -44,7 +55,7 @@ class ValidationSet:
         share.micro_batch rows are decoded at once.
         """
         curriculum = curriculum.model_copy(update={"count": "stage"})
-        chosen = EpochOrder(index.shard_sizes, SUBSET_SEED, 0, 0).take(0, min(samples, len(index)))
+        chosen = subset(index, samples)
         batches, examples = [], []
         for rows in rank_share(chosen, share.rank, share.world, share.micro_batch):
             built = [training_row(index, builder, int(i), stage, curriculum) for i in rows]

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import data
 from benchmarks.cases import make_batch, make_model
+from benchmarks.padding import padding
 from benchmarks.step_cost import VARIANTS, Bench, kept_bytes
 from pipeline.latent.method import LatentConfig
 from tests.launch import ROOT, environment
@@ -101,3 +102,13 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 READERS = (data.ours, data.webdataset)
+
+
+def test_padding(tmp_path: Path) -> None:
+    """The longer the windows, the less padding, of the same rows where none are left over."""
+    found = padding(tmp_path, 128, 16)
+    one, two = ([row for name, row in found.items() if name.startswith(size)] for size in ("one", "two"))
+    assert len({row["real"] for row in one}) == 1 and len(one) == len(two) == 4
+    for rows in (one, two):
+        padded = [row["padded"] for row in rows]
+        assert padded[0] > 1.5 * padded[1] > 1.5 * padded[-1] > 0

@@ -78,16 +78,9 @@ def test_prune(tmp_path: Path) -> None:
 def test_best_is_named_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in between, the next start finds no best, and so validates the step again."""
     monkeypatch.setattr(distributed, "from_main", lambda value: value)
-    parts: Any = SimpleNamespace(
-        indexes={"train": SimpleNamespace(index_hash="i")}, base_hash="b", engine=None,
-        stages=[SimpleNamespace(steps_per_epoch=3)],
-    )  # fmt: skip
-    plan: Any = SimpleNamespace(
-        config=settings(),
-        out=tmp_path,
-        triangle=SimpleNamespace(global_batch=8),
-        zero_stage=2,
-    )
+    stage: Any = SimpleNamespace(state=lambda step: DataState(0, step // 3, 8 * step, 0, "i"))
+    parts: Any = SimpleNamespace(base_hash="b", engine=None, stages=[stage])
+    plan: Any = SimpleNamespace(config=settings(), out=tmp_path, zero_stage=2)
     log: Any = SimpleNamespace(info=print)
     keeper = Keeper(plan, parts, World(), SimpleNamespace(lost=""), log)  # type: ignore[arg-type]
 

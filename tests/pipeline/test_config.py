@@ -231,7 +231,7 @@ def test_inconsistencies_are_said_at_once() -> None:
         "model.scratch: heads must be a multiple of kv_heads",
         "model.lora: nothing would train the random base of model.scratch",
         "train.micro_batch 65 is larger than train.global_batch 64",
-        "no data: give --data DIR, or data.source to make one",
+        "no data: give --data DIR, or data.source to make one, or data.mix",
     ]
 
 

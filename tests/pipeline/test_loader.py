@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from data_prep.errors import UserError
@@ -24,9 +26,10 @@ from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, _outlast_signals, matching, steps_from, training_row
+from pipeline.loader import Share, StageSteps, _Matches, _outlast_signals, matching, steps_from, training_row
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
+from tests.pipeline.examples import make_example, picture
 
 SAMPLES, GLOBAL_BATCH = 23, 8
 STAGES = [StageConfig(latents=n, skip=n, epochs=2) for n in range(3)]
@@ -161,7 +164,7 @@ def test_seeds_epochs_and_stages_differ(index: ShardIndex, builder: RowBuilder) 
 # ---- the last batch, and lengths --------------------------------------------------------------
 def test_last_batch_is_padded(index: ShardIndex, builder: RowBuilder) -> None:
     dataset = steps(index, builder, last_batch="pad")
-    assert dataset.steps_per_epoch == 3 and len(dataset) == 6
+    assert dataset.order.steps_per_epoch == 3 and len(dataset) == 6
     epoch = [dataset[step] for step in range(3)]
     assert sorted(chain(*map(rows, epoch))) == list(range(SAMPLES))
     assert [sum(len(batch.keys) for batch in step) for step in epoch] == [8, 8, 8]
@@ -170,7 +173,7 @@ def test_last_batch_is_padded(index: ShardIndex, builder: RowBuilder) -> None:
 
 def test_last_batch_is_dropped(index: ShardIndex, builder: RowBuilder) -> None:
     dataset = steps(index, builder, last_batch="drop")
-    assert dataset.steps_per_epoch == 2 and len(dataset) == 4
+    assert dataset.order.steps_per_epoch == 2 and len(dataset) == 4
     counts = Counter(chain(rows(dataset[0]), rows(dataset[1])))
     assert len(counts) == 16 and set(counts.values()) == {1}
     other = Counter(chain(rows(dataset[2]), rows(dataset[3])))
@@ -202,7 +205,7 @@ def test_where_keeps_the_rows_that_match(index: ShardIndex, builder: RowBuilder)
     stages = [StageConfig(latents=1, skip=1, epochs=2, where={"kind": ["look", "follow"]})]
     for world in (1, 3):
         ranks = [steps(index, builder, stage=0, stages=stages, rank=r, world=world) for r in range(world)]
-        epoch = range(ranks[0].steps_per_epoch)
+        epoch = range(ranks[0].order.steps_per_epoch)
         assert len(epoch) == -(-len(wanted) // GLOBAL_BATCH) and len(ranks[0]) == 2 * len(epoch)
         assert sorted(chain(*(rows(rank[step]) for rank in ranks for step in epoch))) == wanted
 
@@ -221,8 +224,8 @@ def test_an_epoch_is_described(index: ShardIndex, builder: RowBuilder) -> None:
 
 def test_where_asks_for_every_field(index: ShardIndex, builder: RowBuilder) -> None:
     where = {"kind": ["look"], "absent": ["x"]}
-    assert len(matching(index, where)) == 0
-    assert matching(index, {}).tolist() == list(range(SAMPLES))
+    none, all_of_them = matching(index, [where, {}])
+    assert len(none) == 0 and all_of_them.tolist() == list(range(SAMPLES))
 
 
 @pytest.mark.parametrize("last_batch", ["pad", "drop"])
@@ -237,7 +240,8 @@ def test_too_few_rows_for_a_step_are_refused(index: ShardIndex, builder: RowBuil
 
 
 def test_where_lets_bad_samples_through_to_be_counted(broken: ShardIndex) -> None:
-    assert matching(broken, {"kind": ["no such kind"]}).tolist() == [9]
+    (found,) = matching(broken, [{"kind": ["no such kind"]}])
+    assert found.tolist() == [9]
 
 
 # ---- curriculum -------------------------------------------------------------------------------
@@ -315,6 +319,68 @@ def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: Row
     fmt = builder.processor.row_format
     reasons = [line.split(": ", 1) for line in batch.bad]
     assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in reasons], fmt, 1))
+
+
+ROTATED = Image.new("RGB", (60, 90)).getexif()
+ROTATED[ExifTags.Base.Orientation] = 6
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "a word of 100,000 letters": ({"question": "x" * 100_000}, "overlong"),
+    "100,000 words": ({"question": "fig pear " * 50_000}, "overlong"),
+    "500 steps": ({"rationale": " ".join(f"Step {n} is green." for n in range(500))}, ""),
+    "empty rationale": ({"rationale": ""}, ""),
+    "special tokens": ({"question": "<|image_pad|><|im_end|><|vision_start|>\x00text\x00"}, ""),
+    "no picture": ({"image": None}, ""),
+    "1 x 1": ({"image": picture(1, 1)}, "2 patches a step"),
+    "1 x 60000": ({"image": picture(1, 60_000)}, "image: "),
+    "60000 x 1": ({"image": picture(60_000, 1)}, "image: "),
+    "16 bits": ({"image": picture(mode="I;16")}, ""),
+    "CMYK": ({"image": picture(mode="CMYK", kind="JPEG")}, ""),
+    "palette": ({"image": picture(mode="P")}, ""),
+    "one bit": ({"image": picture(mode="1")}, ""),
+    "animated": ({"image": picture(mode="P", kind="GIF", save_all=True, append_images=[Image.new("P", (56, 84))])}, ""),
+    "rotated": ({"image": picture(60, 90, kind="JPEG", exif=ROTATED)}, ""),
+    "64 megapixels": ({"image": picture(8192, 8192, mode="1")}, ""),
+    "more megapixels": ({"image": picture(8192, 8193, mode="1")}, "image "),
+    "200 megapixels": ({"image": picture(20_000, 10_000, mode="1")}, "image cannot be decoded"),
+    "cut short": ({"image": picture()[:-30]}, "image cannot be decoded"),
+    "no image": ({"image": b"text"}, "image cannot be decoded"),
+    "no bytes": ({"image": b""}, "image cannot be decoded"),
+    "30 choices": ({"choices": tuple("x" * 30)}, "30 choices"),
+    "no choices": ({"choices": ()}, "fewer than 2 choices"),
+    "no such answer": ({"answer": 9}, "answer outside the choices"),
+    "an answer from behind": ({"answer": -1}, "answer outside the choices"),
+    "an answer that is a letter": ({"answer": "B"}, "answer not a whole number"),
+    "no rationale": ({"rationale": None}, "rationale not text"),
+    "half a character": ({"question": "\ud800"}, "question not valid Unicode"),
+    "fields of another kind": ({"fields": {"kind": [1]}}, "field"),
+}
+"""Examples as another program may have written them into a sound tar, and how the masked row's reason begins."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_samples_are_rows_or_masked_rows(builder: RowBuilder, name: str) -> None:
+    changes, reason = ODD[name]
+    index: Any = SimpleNamespace(read=lambda sample: make_example(**changes), key=lambda sample: "k")
+    processor = Qwen2VLProcessor(builder.processor.tokenizer.name_or_path, max_pixels=28 * 28 * 16)
+    small = RowBuilder(processor, builder.config, 2)
+    row = training_row(index, small, 0, STAGES[1], CURRICULUM)
+    assert row.overlong == (reason == "overlong") and bool(row.target_ids) == (not reason)
+    assert row.bad.startswith(reason) if reason and not row.overlong else not row.bad
+    collate([row, masked_row(small.processor.row_format)], small.processor.row_format, 1)
+
+
+def test_whatever_an_image_library_raises_is_a_reason(builder: RowBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def image(self: Any, image: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Qwen2VLProcessor, "image", image)
+    index: Any = SimpleNamespace(read=lambda sample: make_example(), key=lambda sample: "k")
+    assert training_row(index, builder, 0, STAGES[1], CURRICULUM).bad == "image: MemoryError"
+
+
+def test_where_does_not_trip_over_odd_fields() -> None:
+    index: Any = SimpleNamespace(read=lambda sample: make_example(fields=None), key=lambda sample: "k")
+    assert _Matches(index, [{"kind": ["look"]}], 0, 2)[0].tolist() == [[True, True]]
 
 
 def test_a_worker_ends_at_its_ranks_sigterm_only():

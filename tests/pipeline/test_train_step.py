@@ -17,7 +17,7 @@ from pipeline import train as module
 from pipeline import validate as validation
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.ds_config import Triangle
-from pipeline.monitor import Monitor, Stopwatch
+from pipeline.monitor import Monitor, Sparing, Stopwatch
 from pipeline.summary import stage_losses
 from pipeline.train import Run
 from tests.pipeline.test_plan import settings
@@ -53,6 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     run.config, run.out, run.device, run.world = settings(), tmp_path, CPU, distributed.World()
     run.plan, run.stop = SimpleNamespace(triangle=Triangle(2, 2, 1, 1)), SimpleNamespace(requested=False)
     run.bad_keys, run.dropped_steps, run.overlong = set(), 0, 0
+    run.sparing = Sparing(lambda *a: run.said.append(a[0] % a[1:]))
     run.said = []
     run.log = SimpleNamespace(
         warning=lambda *a: run.said.append(a[0] % a[1:]), error=lambda *a: run.said.append(a[0] % a[1:])
@@ -92,6 +93,38 @@ def test_a_step_of_bad_rows_is_taken(run: Any) -> None:
     """They are few, as data.max_bad says: the run goes on."""
     step(run, [collate([masked_row(FORMAT, "row0", "torn")], FORMAT, 0)])
     assert run.said == ["skipped row0: torn"] and run.engine.stepped
+
+
+def test_bad_samples_are_named_sparingly(run: Any) -> None:
+    """Some lines a minute, then a count, so that a bad disk does not fill another one; past the limit the run stops."""
+
+    def bad(first: int, last: int) -> None:
+        step(run, [collate([masked_row(FORMAT, f"row{n}", "torn") for n in range(first, last)], FORMAT, 0)])
+
+    now = [0.0]
+    run.config, run.sparing.clock = settings(**{"data.max_bad": "50"}), lambda: now[0]
+    bad(10, 40)
+    assert run.said == [f"skipped row{n}: torn" for n in range(10, 30)]
+    now[0] = 61.0
+    bad(30, 60)  # ten of them are known
+    assert run.said[20:22] == ["... and 10 more lines like these", "skipped row40: torn"] and len(run.said) == 41
+    with pytest.raises(UserError, match=r"51 samples could not be used, more than data.max_bad 50"):
+        bad(60, 61)
+    assert run.said[41:] == ["... and 1 more lines like these"]
+
+
+def test_max_bad_is_a_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def plan(config: Any, *_: Any) -> None:
+        given.append(config.data)
+        raise UserError("as far as this test goes")
+
+    monkeypatch.setattr(module, "make_plan", plan)
+    for options in ({"max_bad": 7}, {"data.max_bad": "7"}):
+        with pytest.raises(UserError, match="as far as"):
+            module.main(ds=Path("x.json"), data="d", **options)
+    assert [(data.max_bad, data.path) for data in given] == [(7, "d")] * 2
 
 
 @pytest.mark.parametrize(
