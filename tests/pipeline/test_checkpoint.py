@@ -17,6 +17,7 @@ from pipeline import distributed
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.distributed import World
 from pipeline.keep import Keeper, full_disk_told
+from pipeline.order import DataState
 from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoint
 
 
