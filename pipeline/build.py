@@ -52,7 +52,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     """
     config = plan.config
     splits = ["train"] + (["val"] if config.train.val_samples else [])
-    indexes = prepare.check_data(prepare.data_folder(config), splits)
+    indexes = prepare.check_data(prepare.data_folder(config), splits, config.data.cache_gb)
     processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
     taken = config.latent.patches_taken
     if taken and any(stage.latents for stage in config.curriculum.stages):

@@ -92,7 +92,9 @@ class DataConfig(Section):
     """Where rows come from and how they are read."""
 
     path: str | None = None
-    """Shard folder made by data_prep.shard (also --data)."""
+    """Shard folder made by data_prep.shard, or the URL of one (also --data)."""
+    cache_gb: float | None = Field(None, ge=0)
+    """Room for what is kept of a URL's shards (data_prep/cache.py), 0 for none; IVTLR_CACHE_GB or 8 without it."""
     source: Literal["m3cot", "scienceqa", "jsonl", "trails"] | None = None
     """Make the folder from this source when it does not exist."""
     options: dict[str, str | int | float] = {}

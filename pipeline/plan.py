@@ -15,14 +15,14 @@ from data_prep.files import sha256, write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
-from pipeline.prepare import check_base, check_data, check_made_from, data_folder
+from pipeline.prepare import check_base, check_data, check_made_from, data_folder, to_be_made
 from pipeline.user_files import read_yaml
 
 FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.source", "data.options", "data.workers",
     "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every", "train.export",
-    "eval.max_new_tokens",
+    "eval.max_new_tokens", "data.cache_gb",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
@@ -69,9 +69,9 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
     attempt(check_base, config.model, config.prompt)
     folder = data_folder(config)
-    if (folder / "manifest.json").exists() or config.data.source is None:
+    if not to_be_made(config):
         splits = ["train"] + (["val"] if config.train.val_samples else [])
-        indexes = attempt(check_data, folder, splits)
+        indexes = attempt(check_data, folder, splits, config.data.cache_gb)
         if indexes and config.data.last_batch == "drop" and triangle and len(indexes["train"]) < triangle.global_batch:
             problems.append(
                 f"{folder}: {len(indexes['train'])} training samples are less than one global batch of"

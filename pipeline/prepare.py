@@ -31,6 +31,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import read_manifest
 from data_prep.reader import ShardIndex, open_split
+from data_prep.storage import Location, location_of
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
@@ -46,16 +47,29 @@ READER_FILES = (
 """Files of a base model that decide what a row looks like to it."""
 
 
-def data_folder(config: RunConfig) -> Path:
+def data_folder(config: RunConfig) -> Location:
     """--data, or data/NAME of the recipe that makes its own."""
-    return Path(config.data.path or f"data/{config.name}")
+    return location_of(config.data.path or f"data/{config.name}")
+
+
+def data_name(config: RunConfig) -> str:
+    """The same as another working directory can find it."""
+    folder = data_folder(config)
+    return folder if isinstance(folder, str) else str(folder.resolve())
+
+
+def to_be_made(config: RunConfig) -> bool:
+    """Whether the shard folder has to be made first: a local one that is not there, of a known source."""
+    folder = data_folder(config)
+    return isinstance(folder, Path) and config.data.source is not None and not (folder / "manifest.json").exists()
 
 
 def make_data(config: RunConfig, say: Any) -> None:
     """Make the shard folder where the recipe says from what and it does not exist."""
-    folder, data = data_folder(config).absolute(), config.data
-    if (folder / "manifest.json").exists() or data.source is None:
+    if not to_be_made(config):
         return
+    folder, data = Path(data_folder(config)).absolute(), config.data
+    assert data.source is not None
     words = [f"--{name}={value}" for name, value in data.options.items()]
     command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
     command += ["--workers", str(min(8, os.cpu_count() or 1))]
@@ -105,7 +119,8 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     shutil.rmtree(base, ignore_errors=True)
     writing = run / "base.writing"
     shutil.rmtree(writing, ignore_errors=True)
-    tokenizer = train_tokenizer(texts_of_folder(data_folder(config)), writing, scratch.vocab_size, family.TOKENIZER)
+    texts = texts_of_folder(data_folder(config), config.data.cache_gb)
+    tokenizer = train_tokenizer(texts, writing, scratch.vocab_size, family.TOKENIZER)
     torch.manual_seed(config.train.seed)
     vlm = family.create(scratch, tokenizer, writing)
     parameters = sum(p.numel() for p in vlm.parameters())
@@ -189,12 +204,12 @@ def base_hash(base: Path | str, weights: bool, revision: str | None = None) -> s
     return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def check_data(folder: Path, splits: list[str]) -> dict[str, ShardIndex]:
+def check_data(folder: Location, splits: list[str], cache_gb: float | None = None) -> dict[str, ShardIndex]:
     """The splits' indexes.  Raises UserError for every one that is missing, empty or inconsistent."""
     indexes, problems = {}, []
     for split in splits:
         try:
-            indexes[split] = open_split(folder, split)
+            indexes[split] = open_split(folder, split, cache_gb)
             if not len(indexes[split]):
                 problems.append(f"{folder}: split {split} is empty")
         except UserError as error:

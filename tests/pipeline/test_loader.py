@@ -61,7 +61,7 @@ def broken(folder: Path, tmp_path: Path) -> ShardIndex:
     shutil.copytree(folder, tmp_path / "broken")
     index = open_split(tmp_path / "broken", "train")
     record = index.records[9]
-    with open(index.storage.local(index.shards[record["shard"]]["name"]), "r+b") as tar:
+    with open(tmp_path / "broken" / index.shards[record["shard"]]["name"], "r+b") as tar:
         tar.seek(int(record["json_offset"]) + 20)
         old = tar.read(1)
         tar.seek(-1, 1)
