@@ -39,8 +39,10 @@ OPEN_SECONDS = 30.0
 """How long a manifest or index is asked for before the server counts as out of reach."""
 READ_SECONDS = 300.0
 """The same for a part of a tar; once it was in vain, a part is asked for once, until one comes."""
-CONNECT_SECONDS, SILENT_SECONDS, PART_SECONDS, WHOLE_SECONDS = 10.0, 30.0, 60.0, 1800.0
-"""HTTP: for a connection, between two pieces of an answer, for a part or a small file, and for a whole one."""
+CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
+"""HTTP: for a connection, and between two pieces of an answer."""
+PART_SECONDS, WHOLE_SECONDS = 60.0, 1800.0
+"""For the answer with a part or a small file, and with a whole one."""
 
 T = TypeVar("T")
 
@@ -81,16 +83,16 @@ class RemoteStorage:
         """A whole small file, or the last one that came where the server is out of reach."""
         kept = f"last-{hashlib.sha256(self._file(name).encode()).hexdigest()}"
         try:
-            content = self._ask(name, lambda files, path: files.cat_file(path), OPEN_SECONDS)
+            content = self._small(name)
         except FileNotFoundError:
             raise
         except OSError as error:
-            content = self._cache.read(kept) if self._lost and self._cache else None
-            if content is None:
+            last = self._cache.read(kept) if self._lost and self._cache else None
+            if last is None:
                 raise
             told = "%s: %s; going on with the last one that came, and with what else is in the cache"
             logging.getLogger(__name__).warning(told, self.describe(name), error)
-            return content
+            return last
         if self._cache and self._cache.read(kept) != content:
             self._cache.put(kept, content)
         return content
@@ -143,14 +145,18 @@ class RemoteStorage:
         return np.lib.format.open_memmap(path, mode="r")
 
     def _array_in_memory(self, index: IndexEntry) -> np.ndarray:
-        content = self._ask(index["name"], lambda files, path: files.cat_file(path), OPEN_SECONDS)
+        content = self._small(index["name"])
         if hashlib.sha256(content).hexdigest() != index["sha256"]:
             raise _OtherContent("it is not the one of the manifest")
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
+    def _small(self, name: str) -> bytes:
+        """A file that fits into memory."""
+        return self._ask(name, lambda at, path: at.files.cat_file(path, **at.within(PART_SECONDS)), OPEN_SECONDS)
+
     def _part(self, shard: ShardEntry, start: int, stop: int) -> bytes:
-        def ask(files: Any, path: str) -> bytes:
-            content: bytes = files.cat_file(path, start=start, end=stop)
+        def ask(at: _Connection, path: str) -> bytes:
+            content: bytes = at.files.cat_file(path, start=start, end=stop, **at.within(PART_SECONDS))
             if len(content) != stop - start:
                 raise OSError(f"{len(content)} bytes came, not {stop - start}")
             return content
@@ -173,8 +179,8 @@ class RemoteStorage:
     def _whole(self, entry: IndexEntry | ShardEntry, to: Path, seconds: float) -> None:
         """Fetch a file and check its hash."""
 
-        def ask(files: Any, path: str) -> None:
-            files.get_file(path, str(to), **self._connect().whole)
+        def ask(at: _Connection, path: str) -> None:
+            at.files.get_file(path, str(to), **at.within(WHOLE_SECONDS))
             if sha256(to) != entry["sha256"]:
                 raise _OtherContent("it is not the one of the manifest")
 
@@ -186,11 +192,11 @@ class RemoteStorage:
         while self._cache and (block := content.read(BLOCK)) and self._cache.put(_block(shard, number), block):
             number += 1
 
-    def _ask(self, name: str, question: Callable[[Any, str], T], seconds: float) -> T:
-        """`question` of (file system, path), asked until it is answered.  Raises OSError with a line that says why."""
+    def _ask(self, name: str, question: Callable[[_Connection, str], T], seconds: float) -> T:
+        """`question` of (connection, path), asked until it is answered.  Raises OSError with a line that says why."""
 
         def ask() -> T:
-            return question(self._connect().files, self._file(name))
+            return question(self._connect(), self._file(name))
 
         try:
             answer = persist(ask, _passes, 0.0 if self._lost else seconds)
@@ -247,12 +253,14 @@ class _Connection:
 
     def __post_init__(self) -> None:
         self._session: Any = None
-        self.whole: dict[str, Any] = {}
-        """Arguments for fetching a whole file"""
         options: dict[str, Any] = {}
         if self.url.startswith(("http://", "https://")):
             options = self._http()
         self.files, _ = fsspec.url_to_fs(self.url, skip_instance_cache=True, **options)
+
+    def within(self, seconds: float) -> dict[str, Any]:
+        """Arguments that bound a request's time; file systems without fsspec's thread have bounds of their own."""
+        return {"timeout": seconds} if self.files.async_impl else {}
 
     def _http(self) -> dict[str, Any]:
         import aiohttp
@@ -261,14 +269,10 @@ class _Connection:
             self._session = aiohttp.ClientSession(**arguments)
             return self._session
 
-        def timeout(total: float) -> aiohttp.ClientTimeout:
-            return aiohttp.ClientTimeout(total, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
-
-        self.whole = {"timeout": timeout(WHOLE_SECONDS)}
         return {
             "get_client": client,
             "client_kwargs": {
-                "timeout": timeout(PART_SECONDS),
+                "timeout": aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS),
                 "middlewares": (_only_parts,),
                 "headers": {"Accept-Encoding": "identity"},  # else a part is one of something else
                 "trust_env": True,  # proxies
@@ -323,8 +327,9 @@ def _passes(error: Exception) -> bool:
 def _in_a_line(error: Exception) -> str:
     """What a library's exception says."""
     status = getattr(error, "status", None)
+    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
     if isinstance(status, int):
-        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return "no answer in time"
-    return " ".join(re.sub(r"^\[Errno \d+\] ", "", str(error)).split()) or type(error).__name__
+        text = f"HTTP {status} {getattr(error, 'message', '')}"
+    elif isinstance(error, TimeoutError | asyncio.TimeoutError):
+        text = "no answer in time"
+    return " ".join(text.split()) or type(error).__name__
