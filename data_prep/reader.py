@@ -19,9 +19,6 @@ from data_prep.example import Example, InvalidExample, content_hash
 from data_prep.index import RECORD, REMAKE, ShardEntry, SplitEntry, read_manifest
 from data_prep.storage import Location, Storage, open_storage
 
-_GAP = 2**16
-"""Bytes between a sample's two members that are read with them rather than left out."""
-
 
 class BadSample(Exception):
     """A sample that cannot be used, by the key that names it in its tar."""
@@ -81,7 +78,7 @@ class ShardIndex:
 
     def key(self, position: int) -> str:
         """The name of a sample in its tar."""
-        return str(self.records[position]["key"].decode(errors="replace"))
+        return _key(self.records[position])
 
     def read(self, position: int) -> Example:
         """The Example at a position.
@@ -90,7 +87,7 @@ class ShardIndex:
             BadSample: its part of the index is damaged, or its tar cannot be read or holds other bytes than the index
             was made from.
         """
-        shard, record, key = self.shard_of(position), self.records[position], self.key(position)
+        shard, record = self.shard_of(position), self.records[position]
         entry: ShardEntry = self.shards[shard]
         name = entry["name"]
         if problem := self._problem(shard):
@@ -98,29 +95,24 @@ class ShardIndex:
         try:
             json_member, image_member = self._members(entry, record)
         except OSError as error:
-            raise BadSample(key, f"{name} cannot be read: {error.strerror or error}") from error
+            raise BadSample(_key(record), f"{name} cannot be read: {error.strerror or error}") from error
         try:
             return Example.from_record(json.loads(json_member), image_member if record["extension"] else None)
         except (ValueError, TypeError, RecursionError) as error:  # InvalidExample is a ValueError
             reason = str(error) if isinstance(error, InvalidExample) else f"not an Example: {error}"
-            raise BadSample(key, reason) from error
+            raise BadSample(_key(record), reason) from error
 
     def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes]:
         """The JSON and the picture of a sample, which have its hash.  Raises BadSample or OSError."""
-        text, size = int(record["json_offset"]), int(record["json_size"])
-        picture, picture_size = int(record["image_offset"]), int(record["image_size"])
-        together = 0 <= picture - text - size <= _GAP  # as they are written: one request
-        parts = [(text, picture + picture_size - text)] if together else [(text, size), (picture, picture_size)]
-        for last in (False, True):
-            read = [self.storage.read_at(shard, *part) for part in parts]
-            members = (read[0][:size], read[0][picture - text :]) if together else (read[0], read[1])
-            if content_hash(*members) == record["hash"].tobytes():
-                return members
-            again = [self.storage.forget(shard, *part) for part in parts]
-            if last or not any(again):
+        text = int(record["json_offset"]), int(record["json_size"])
+        picture = int(record["image_offset"]), int(record["image_size"])
+        for _ in range(2):
+            json_member, image_member = self.storage.read_parts(shard, text, picture)
+            if content_hash(json_member, image_member) == record["hash"].tobytes():
+                return json_member, image_member
+            if not self.storage.forget(shard, text, picture):
                 break
-        key = str(record["key"].decode(errors="replace"))
-        raise BadSample(key, f"its bytes in {shard['name']} are not those that were written")
+        raise BadSample(_key(record), f"its bytes in {shard['name']} are not those that were written")
 
     def _problem(self, shard: int) -> str:
         if shard not in self._checked:
@@ -168,6 +160,10 @@ def open_split(folder: Location, split: str, cache_gb: float | None = None) -> S
     index = ShardIndex(storage, split, manifest["hash"], part)
     _ = index.records  # its shape is checked
     return index
+
+
+def _key(record: np.void) -> str:
+    return str(record["key"].decode(errors="replace"))
 
 
 def _size(storage: Storage, name: str) -> int | None:

@@ -7,6 +7,7 @@ and never gives other samples.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import io
@@ -15,7 +16,7 @@ import os
 import re
 import ssl
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,13 +29,15 @@ from fsspec.asyn import sync
 from data_prep.cache import open_cache
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from data_prep.storage import persist
+from data_prep.storage import Part, persist
 
 if TYPE_CHECKING:
     from data_prep.index import IndexEntry, ShardEntry
 
 BLOCK = 2**20
 """Bytes of a tar that are fetched and kept together."""
+_GAP = 2**16
+"""Bytes between parts that are asked for with them rather than left out."""
 OPEN_SECONDS = 30.0
 """How long a manifest or index is asked for before the server counts as out of reach."""
 READ_SECONDS = 300.0
@@ -43,6 +46,9 @@ CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
 """HTTP: for a connection, and between two pieces of an answer."""
 PART_SECONDS, WHOLE_SECONDS = 60.0, 1800.0
 """For the answer with a part or a small file, and with a whole one."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT}
+"""What this machine's disk says where nothing can be kept."""
 
 T = TypeVar("T")
 
@@ -97,8 +103,16 @@ class RemoteStorage:
             self._cache.put(kept, content)
         return content
 
-    def read_at(self, shard: ShardEntry, offset: int, size: int) -> bytes:
-        stop = min(offset + size, shard["bytes"])
+    def read_parts(self, shard: ShardEntry, *parts: Part) -> list[bytes]:
+        start, stop = _span(parts)
+        if stop - start > sum(size for _, size in parts) + _GAP:
+            return [self._read(shard, offset, offset + size) for offset, size in parts]
+        together = self._read(shard, start, stop)
+        return [together[offset - start : offset - start + size] if size else b"" for offset, size in parts]
+
+    def _read(self, shard: ShardEntry, offset: int, stop: int) -> bytes:
+        """A part from the cache, or in one request."""
+        stop = min(stop, shard["bytes"])
         if offset >= stop:
             return b""
         numbers = range(offset // BLOCK, (stop - 1) // BLOCK + 1)
@@ -120,29 +134,31 @@ class RemoteStorage:
             pieces[n] = content[max(offset, n * BLOCK) - start : min(stop, (n + 1) * BLOCK) - start]
         return b"".join(filter(None, pieces.values()))
 
-    def forget(self, shard: ShardEntry, offset: int, size: int) -> bool:
+    def forget(self, shard: ShardEntry, *parts: Part) -> bool:
         if self._cache:
-            for n in range(offset // BLOCK, (offset + max(size, 1) - 1) // BLOCK + 1):
+            start, stop = _span(parts)
+            for n in range(start // BLOCK, stop // BLOCK + 1):
                 self._cache.remove(_block(shard, n))
         return not self._lost
 
     def array(self, index: IndexEntry) -> np.ndarray:
-        if self._cache is None or not self._cache.writable:
+        if self._cache is None:
             return self._array_in_memory(index)
         path = self._cache.folder / index["sha256"]
-        self._cache.read(path.name, 0, 0)  # it is used
-        if not path.exists() or sha256(path) != index["sha256"]:
-            try:
-                with self._cache.temporary() as temporary:
-                    self._whole(index, temporary, OPEN_SECONDS)
-                    mapped = np.lib.format.open_memmap(temporary, mode="r")  # stays when the file goes
-                    self._cache.adopt(path.name, temporary)
-                    return mapped
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
-                    raise
-                return self._array_in_memory(index)
-        return np.lib.format.open_memmap(path, mode="r")
+        with contextlib.suppress(OSError):  # it is not there, or others just make room
+            if sha256(path) == index["sha256"]:
+                self._cache.read(path.name, 0, 0)  # it is used
+                return np.lib.format.open_memmap(path, mode="r")
+        try:
+            with self._cache.temporary() as temporary:
+                self._whole(index, temporary, OPEN_SECONDS)
+                mapped = np.lib.format.open_memmap(temporary, mode="r")  # stays when the file goes
+                self._cache.adopt(path.name, temporary)
+                return mapped
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+        return self._array_in_memory(index)
 
     def _array_in_memory(self, index: IndexEntry) -> np.ndarray:
         content = self._small(index["name"])
@@ -306,6 +322,12 @@ async def _only_parts(request: Any, handler: Any) -> Any:
         response.close()
         raise OSError(f"{response.content_length} bytes came, not {size}")
     return response
+
+
+def _span(parts: Sequence[Part]) -> tuple[int, int]:
+    """Where the first of them begins and the last ends."""
+    some = [(offset, offset + size) for offset, size in parts if size] or [(0, 0)]
+    return min(start for start, _ in some), max(stop for _, stop in some)
 
 
 def _block(shard: ShardEntry, number: int) -> str:

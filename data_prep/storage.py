@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Location = Path | str
 """A folder's path, or its URL as text."""
+
+Part = tuple[int, int]
+"""Offset and size, in bytes."""
 
 _OPEN_FILES = 64
 _LOCAL_SECONDS = 5.0
@@ -44,11 +47,11 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """A whole small file.  Raises FileNotFoundError or another OSError."""
 
-    def read_at(self, shard: ShardEntry, offset: int, size: int) -> bytes:
-        """A part of a tar; shorter where the file ends before.  Raises OSError."""
+    def read_parts(self, shard: ShardEntry, *parts: Part) -> list[bytes]:
+        """Parts of a tar, each shorter where the file ends before.  Raises OSError."""
 
-    def forget(self, shard: ShardEntry, offset: int, size: int) -> bool:
-        """Drop what is kept of a part that holds other bytes than it should; whether there is sense in another try."""
+    def forget(self, shard: ShardEntry, *parts: Part) -> bool:
+        """Drop what is kept of parts that hold other bytes than they should; whether there is sense in another try."""
 
     def array(self, index: IndexEntry) -> np.ndarray:
         """The array in a .npy file, mapped if possible.  Raises OSError, or ValueError where it holds none."""
@@ -69,11 +72,13 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         return self._persist((self.folder / name).read_bytes)
 
-    def read_at(self, shard: ShardEntry, offset: int, size: int) -> bytes:
-        name = shard["name"]
-        return self._persist(lambda: self._open(name).read_at(offset, size))
+    def read_parts(self, shard: ShardEntry, *parts: Part) -> list[bytes]:
+        try:
+            return self._open(shard["name"]).read(parts)
+        except OSError:
+            return self._persist(lambda: self._open(shard["name"]).read(parts))
 
-    def forget(self, shard: ShardEntry, offset: int, size: int) -> bool:
+    def forget(self, shard: ShardEntry, *parts: Part) -> bool:
         return False
 
     def array(self, index: IndexEntry) -> np.ndarray:
@@ -102,8 +107,8 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read_at(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file, size, offset)
+    def read(self, parts: Iterable[Part]) -> list[bytes]:
+        return [os.pread(self._file, size, offset) for offset, size in parts]
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):  # not where opening failed
