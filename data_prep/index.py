@@ -15,10 +15,10 @@ import json
 import os
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from data_prep.errors import UserError
@@ -46,14 +46,18 @@ REMAKE = "make the folder again with python -m data_prep.shard"
 _MAKE = "make it with python -m data_prep.shard --source NAME --out {folder} (--help has the sources)"
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""In hexadecimal. A file of a cache is named after it, so it is nothing else."""
+
+
 class ShardEntry(TypedDict):
     """A tar in the manifest."""
 
     name: str
     bytes: int
-    sha256: str
+    sha256: Digest
     samples: int
-    index_sha256: str
+    index_sha256: Digest
     """Of its part of the index, so that a reader checks no more of it than it reads"""
 
 
@@ -61,7 +65,7 @@ class IndexEntry(TypedDict):
     """A split's index in the manifest."""
 
     name: str
-    sha256: str
+    sha256: Digest
 
 
 class SplitEntry(TypedDict):

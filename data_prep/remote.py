@@ -41,7 +41,7 @@ _GAP = 2**16
 OPEN_SECONDS = 30.0
 """How long a manifest or index is asked for before the server counts as out of reach."""
 READ_SECONDS = 300.0
-"""The same for a part of a tar; once it was in vain, a part is asked for once, until one comes."""
+"""The same for a part of a tar."""
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
 """HTTP: for a connection, and between two pieces of an answer."""
 PART_SECONDS, WHOLE_SECONDS = 60.0, 1800.0
@@ -68,7 +68,7 @@ class RemoteStorage:
         """cache_gb: as for `open_cache`.  Raises UserError where fsspec or a package of it cannot read the URL."""
         self.url = url
         self._cache = open_cache(cache_gb)
-        self._lost = False
+        self._server = "://".join(urlsplit(url)[:2])
         self._connection: _Connection | None = None
         try:
             self._connect()
@@ -93,7 +93,7 @@ class RemoteStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            last = self._cache.read(kept) if self._lost and self._cache else None
+            last = self._cache.read(kept) if self._server in _LOST and self._cache else None
             if last is None:
                 raise
             told = "%s: %s; going on with the last one that came, and with what else is in the cache"
@@ -139,7 +139,7 @@ class RemoteStorage:
             start, stop = _span(parts)
             for n in range(start // BLOCK, stop // BLOCK + 1):
                 self._cache.remove(_block(shard, n))
-        return not self._lost
+        return self._server not in _LOST
 
     def array(self, index: IndexEntry) -> np.ndarray:
         if self._cache is None:
@@ -215,16 +215,17 @@ class RemoteStorage:
             return question(self._connect(), self._file(name))
 
         try:
-            answer = persist(ask, _passes, 0.0 if self._lost else seconds)
+            answer = persist(ask, _passes, 0.0 if self._server in _LOST else seconds)
         except _Whole:
             raise
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "there is no such file") from None
         except Exception as error:  # the libraries of a protocol have kinds of their own
-            self._lost = _passes(error) and not isinstance(error, _OtherContent)
+            if _passes(error) and not isinstance(error, _OtherContent):
+                _LOST.add(self._server)
             known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)  # this machine's disk
             raise OSError(error.errno if known else None, _in_a_line(error)) from error  # type: ignore[attr-defined]
-        self._lost = False
+        _LOST.discard(self._server)
         return answer
 
     def _file(self, name: str) -> str:
@@ -246,6 +247,8 @@ class RemoteStorage:
             connection.close()
 
 
+_LOST: set[str] = set()
+"""Servers that were asked in vain for as long. They are asked once at a time until something comes."""
 _CONNECTED: weakref.WeakSet[RemoteStorage] = weakref.WeakSet()
 _PAST: list[Any] = []
 """File systems that are not used any more. What they do at their end would reach from a child into its parent."""

@@ -87,6 +87,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda f: edit_manifest(f, lambda part: part["shards"].pop()), "do not add up"),
         (lambda f: edit_manifest(f, lambda part: part["shards"][1].update(samples="10")), "shards.1.samples"),
         (lambda f: edit_manifest(f, lambda part: part.pop("index")), "index: Field required"),
+        (lambda f: edit_manifest(f, lambda part: part["shards"][1].update(sha256="../x")), "shards.1.sha256"),
         (
             lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="../x.tar")),
             "no file of this folder",
