@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import math
+import operator
 import re
 import signal
 import sys
@@ -23,6 +25,7 @@ import fire  # type: ignore[import-untyped]
 from fire.decorators import SetParseFn  # type: ignore[import-untyped]
 
 from data_prep.errors import UserError
+from data_prep.storage import is_url, location_of
 
 Given = dict[str, "str | list[str]"]
 
@@ -108,7 +111,9 @@ def unknown_options(given: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def convert(annotation: Any, value: str | list[str]) -> Any:
-    """Turn an option's text into str, int, float, bool, Path, a Literal, list[str], or one of these `| None`.
+    """Turn an option's text into what an annotation says.
+
+    That is str, int, float, bool, Path, Path | str (a path or URL), a Literal, list[str], or one of these `| None`.
 
     Raises:
         ValueError: the text is not of that kind; the message says which is.
@@ -127,7 +132,7 @@ def convert(annotation: Any, value: str | list[str]) -> Any:
 def _required(annotation: Any) -> Any:
     """X for `X | None`: an option that is given is never None."""
     if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return functools.reduce(operator.or_, [kind for kind in get_args(annotation) if kind is not type(None)])
     return annotation
 
 
@@ -159,15 +164,21 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _location(text: str) -> Path | str:
+    return location_of(text) if is_url(text) else _path(text)
+
+
 _SCALARS: dict[Any, Callable[[str], Any]] = {
-    str: str, int: _integer, float: _number, bool: _boolean, Path: _path,
+    str: str, int: _integer, float: _number, bool: _boolean, Path: _path, Path | str: _location,
 }  # fmt: skip
 
 
-def help_text(main: Callable[..., object], program: str, parts: Mapping[str, Callable[..., object]]) -> str:
+def help_text(
+    main: Callable[..., object], program: str, parts: Mapping[str, Callable[..., object]] | None = None
+) -> str:
     """The usage line, `main`'s docstring, and its options with kind and default, then those of its parts."""
     lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(main) or ""]
-    for heading, target in {"options": main, **parts}.items():
+    for heading, target in {"options": main, **(parts or {})}.items():
         lines += ["", f"{heading}:"]
         for name, parameter in options_of(target).items():
             required = parameter.default is parameter.empty
@@ -183,7 +194,8 @@ def _kind(annotation: Any) -> str:
         return "|".join(get_args(annotation))
     if get_origin(annotation) is list:
         return f"{_kind(get_args(annotation)[0])}, repeatable"
-    return {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path"}[annotation]
+    kinds = {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path", Path | str: "path or URL"}
+    return kinds[annotation]
 
 
 class Terminated(KeyboardInterrupt):

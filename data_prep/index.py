@@ -15,17 +15,17 @@ import json
 import os
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from data_prep.errors import UserError
 from data_prep.example import HASH_BYTES, IMAGE_EXTENSIONS, content_hash, image_size, question_hash
 from data_prep.files import atomic_path, write_atomic
 from data_prep.steps import split_steps
-from data_prep.storage import open_storage
+from data_prep.storage import LocalStorage, Location, Storage, open_storage
 
 FORMAT = 2
 """Version of the folder's layout; another one is refused."""
@@ -46,14 +46,18 @@ REMAKE = "make the folder again with python -m data_prep.shard"
 _MAKE = "make it with python -m data_prep.shard --source NAME --out {folder} (--help has the sources)"
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""In hexadecimal. A file of a cache is named after it, so it is nothing else."""
+
+
 class ShardEntry(TypedDict):
     """A tar in the manifest."""
 
     name: str
     bytes: int
-    sha256: str
+    sha256: Digest
     samples: int
-    index_sha256: str
+    index_sha256: Digest
     """Of its part of the index, so that a reader checks no more of it than it reads"""
 
 
@@ -61,7 +65,7 @@ class IndexEntry(TypedDict):
     """A split's index in the manifest."""
 
     name: str
-    sha256: str
+    sha256: Digest
 
 
 class SplitEntry(TypedDict):
@@ -132,22 +136,24 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(location: Path | str) -> dict[str, Any]:
+def read_manifest(location: Location | Storage) -> dict[str, Any]:
     """The content of a folder's `manifest.json`, a `Manifest` with the settings that made it.
 
     Raises:
-        UserError: absent, damaged, edited, or of another format.
+        UserError: absent, damaged, edited, of another format, or out of reach.
     """
-    storage, folder = open_storage(location), Path(location)
-    path = storage.describe("manifest.json")
+    storage = open_storage(location) if isinstance(location, str | Path) else location
+    path, folder = storage.describe("manifest.json"), storage.describe("")
     try:
         manifest = json.loads(storage.read("manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
-        if not folder.is_dir():
-            state = "is a file, not a folder" if folder.exists() else "is not there"
-            raise UserError(f"the shard folder {location} {state}; {_MAKE.format(folder=location)}") from None
+        if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
+            state = "is a file, not a folder" if storage.folder.exists() else "is not there"
+            raise UserError(f"the shard folder {folder} {state}; {_MAKE.format(folder=folder)}") from None
         raise UserError(f"{folder} has no manifest.json, so it is no finished shard folder; {REMAKE}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {REMAKE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; {REMAKE}")

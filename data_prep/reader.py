@@ -16,8 +16,8 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample, content_hash
-from data_prep.index import RECORD, REMAKE, SplitEntry, read_manifest
-from data_prep.storage import Storage, open_storage
+from data_prep.index import RECORD, REMAKE, ShardEntry, SplitEntry, read_manifest
+from data_prep.storage import Location, Storage, open_storage
 
 
 class BadSample(Exception):
@@ -45,7 +45,7 @@ class ShardIndex:
         self.shard_sizes = [shard["samples"] for shard in self.shards]
         """Samples of each tar."""
         self._starts = np.cumsum([0, *self.shard_sizes])
-        self._index = part["index"]["name"]
+        self._index = part["index"]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is mapped and checked stays behind: every process does both for itself.
@@ -57,14 +57,14 @@ class ShardIndex:
     @functools.cached_property
     def records(self) -> np.ndarray:
         """(samples,) of `RECORD`, mapped from the file, unchecked.  Raises UserError where it does not fit."""
-        path = self.storage.local(self._index)
+        path = self.storage.describe(self._index["name"])
         try:
-            records = np.lib.format.open_memmap(path, mode="r")
+            records = self.storage.array(self._index)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.storage.describe(self._index)} cannot be read ({error}); {REMAKE}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read ({reason}); {REMAKE}") from None
         if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.shape != (len(self),):
-            told = f"{self.storage.describe(self._index)} does not hold {len(self)} index records"
-            raise UserError(f"{told}; {REMAKE}")
+            raise UserError(f"{path} does not hold {len(self)} index records; {REMAKE}")
         return records
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class ShardIndex:
 
     def key(self, position: int) -> str:
         """The name of a sample in its tar."""
-        return str(self.records[position]["key"].decode(errors="replace"))
+        return _key(self.records[position])
 
     def read(self, position: int) -> Example:
         """The Example at a position.
@@ -87,22 +87,32 @@ class ShardIndex:
             BadSample: its part of the index is damaged, or its tar cannot be read or holds other bytes than the index
             was made from.
         """
-        shard, record, key = self.shard_of(position), self.records[position], self.key(position)
-        name = self.shards[shard]["name"]
+        shard, record = self.shard_of(position), self.records[position]
+        entry: ShardEntry = self.shards[shard]
+        name = entry["name"]
         if problem := self._problem(shard):
             raise BadSample(f"{name}[{position - int(self._starts[shard])}]", problem)
         try:
-            json_member = self.storage.read_at(name, int(record["json_offset"]), int(record["json_size"]))
-            image_member = self.storage.read_at(name, int(record["image_offset"]), int(record["image_size"]))
+            json_member, image_member = self._members(entry, record)
         except OSError as error:
-            raise BadSample(key, f"{name} cannot be read: {error.strerror or error}") from error
-        if content_hash(json_member, image_member) != record["hash"].tobytes():
-            raise BadSample(key, f"its bytes in {name} are not those that were written")
+            raise BadSample(_key(record), f"{name} cannot be read: {error.strerror or error}") from error
         try:
             return Example.from_record(json.loads(json_member), image_member if record["extension"] else None)
         except (ValueError, TypeError, RecursionError) as error:  # InvalidExample is a ValueError
             reason = str(error) if isinstance(error, InvalidExample) else f"not an Example: {error}"
-            raise BadSample(key, reason) from error
+            raise BadSample(_key(record), reason) from error
+
+    def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes]:
+        """The JSON and the picture of a sample, which have its hash.  Raises BadSample or OSError."""
+        text = int(record["json_offset"]), int(record["json_size"])
+        picture = int(record["image_offset"]), int(record["image_size"])
+        for _ in range(2):
+            json_member, image_member = self.storage.read_parts(shard, text, picture)
+            if content_hash(json_member, image_member) == record["hash"].tobytes():
+                return json_member, image_member
+            if not self.storage.forget(shard, text, picture):
+                break
+        raise BadSample(_key(record), f"its bytes in {shard['name']} are not those that were written")
 
     def _problem(self, shard: int) -> str:
         if shard not in self._checked:
@@ -123,16 +133,18 @@ class ShardIndex:
         return "" if inside else f"the index points outside {entry['name']}"
 
 
-def open_split(folder: Path | str, split: str) -> ShardIndex:
+def open_split(folder: Location, split: str, cache_gb: float | None = None) -> ShardIndex:
     """Open one split of a shard folder after checking that its files are there and of the right size.
 
+    Behind a URL, a tar is looked at when it is read; cache_gb: room for what comes from there (`data_prep.cache`).
+
     Raises:
-        UserError: something disagrees; the line says what, and what to do.
+        UserError: something disagrees or is out of reach; the line says what, and what to do.
     """
-    storage = open_storage(folder)
-    manifest = read_manifest(folder)
+    storage = open_storage(folder, cache_gb)
+    manifest = read_manifest(storage)
     if split not in manifest["splits"]:
-        raise UserError(f"{folder} has no split {split}; it has {', '.join(sorted(manifest['splits']))}")
+        raise UserError(f"{storage.describe('')} has no split {split}; it has {', '.join(sorted(manifest['splits']))}")
     part: SplitEntry = manifest["splits"][split]
     if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:
         raise UserError(f"{storage.describe('manifest.json')}: the shards of {split} do not add up; {REMAKE}")
@@ -142,7 +154,7 @@ def open_split(folder: Path | str, split: str) -> ShardIndex:
             raise UserError(f"{told}; {REMAKE}")
     for shard in part["shards"]:
         size = _size(storage, shard["name"])
-        if size != shard["bytes"]:
+        if size not in (None, shard["bytes"]):
             raise UserError(f"{storage.describe(shard['name'])} has {size} bytes, not {shard['bytes']}; {REMAKE}")
     _size(storage, part["index"]["name"])
     index = ShardIndex(storage, split, manifest["hash"], part)
@@ -150,7 +162,11 @@ def open_split(folder: Path | str, split: str) -> ShardIndex:
     return index
 
 
-def _size(storage: Storage, name: str) -> int:
+def _key(record: np.void) -> str:
+    return str(record["key"].decode(errors="replace"))
+
+
+def _size(storage: Storage, name: str) -> int | None:
     try:
         return storage.size(name)
     except FileNotFoundError:

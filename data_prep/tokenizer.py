@@ -22,6 +22,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import write_atomic
 from data_prep.reader import BadSample, open_split
+from data_prep.storage import Location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -176,13 +177,13 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, kind: str 
     return tokenizer
 
 
-def texts_of_folder(data: Path) -> Iterator[str]:
+def texts_of_folder(data: Location, cache_gb: float | None = None) -> Iterator[str]:
     """The training texts of a shard folder's train split; samples that went bad are left out and named.
 
     Raises:
         UserError: no sound shard folder.
     """
-    index = open_split(data, "train")
+    index = open_split(data, "train", cache_gb)
     for position in range(len(index)):
         try:
             yield from training_texts(index.read(position))
@@ -204,7 +205,7 @@ def texts_of_file(corpus: Path) -> Iterator[str]:
 
 
 def main(
-    *, out: Path, vocab_size: int, data: Path | None = None, corpus: Path | None = None, kind: str = "qwen"
+    *, out: Path, vocab_size: int, data: Location | None = None, corpus: Path | None = None, kind: str = "qwen"
 ) -> None:
     """Train a small tokenizer for models from scratch, on a shard folder (--data) or a text file (--corpus).
 

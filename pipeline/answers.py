@@ -26,6 +26,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import parse_json
 from data_prep.reader import BadSample, open_split
+from data_prep.storage import Location
 from pipeline.judges import Style
 from pipeline.prompt import LETTERS
 
@@ -65,7 +66,7 @@ class Prediction:
 class Notes:
     """What was odd about a file, each kind with the lines or ids where."""
 
-    path: Path
+    path: Location
     kinds: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, place: str) -> None:
@@ -115,15 +116,15 @@ def read_predictions(path: Path, gold: dict[str, Question] | None, notes: Notes)
     return list(kept.values())
 
 
-def read_gold(path: Path, split: str, notes: Notes) -> dict[str, Question]:
-    """Questions by id from a file of lines, a problems.json or its folder, or a shard folder.
+def read_gold(path: Location, split: str, notes: Notes) -> dict[str, Question]:
+    """Questions by id from a file of lines, a problems.json or its folder, or a shard folder (a URL is one).
 
     Questions of another split than `split` are left out, where the source tells.
 
     Raises:
         UserError: none of these, or nothing in it.
     """
-    if path.is_dir() and not (path / "problems.json").is_file():
+    if isinstance(path, str) or (path.is_dir() and not (path / "problems.json").is_file()):
         found = {question.id: question for question in _from_shards(path, split, notes)}
     else:
         file = path / "problems.json" if path.is_dir() else path
@@ -228,7 +229,7 @@ def _problem(id: str, row: Any) -> dict[str, Any]:
     return {**row, "id": id, "hint": row.get("hint"), "image": row.get("image")}
 
 
-def _from_shards(folder: Path, split: str, notes: Notes) -> Iterator[Question]:
+def _from_shards(folder: Location, split: str, notes: Notes) -> Iterator[Question]:
     index = open_split(folder, split)
     for position in range(len(index)):
         try:

@@ -101,12 +101,14 @@ class DataConfig(Section):
     """Where rows come from and how they are read."""
 
     path: str | None = None
-    """Shard folder made by data_prep.shard (also --data)."""
+    """Shard folder made by data_prep.shard, or the URL of one (also --data)."""
     mix: list[MixedData] = []
     """Several shard folders in place of one: `[{path: data/a, weight: 3}, {path: data/b, weight: 1}]` takes 3 rows of a
     and 1 of b in every 4, evenly spread.  Each data set goes through its own epochs, every sample once in each; the
     stream of rows never ends, so that no batch is incomplete, and one of a stage's `epochs` is as many rows as all data
     sets have together.  Validation takes the val splits of all; evaluation, without --data, the first one's."""
+    cache_gb: float | None = Field(None, ge=0)
+    """Room for what is kept of a URL's shards (data_prep/cache.py), 0 for none; IVTLR_CACHE_GB or 8 without it."""
     source: Literal["m3cot", "scienceqa", "jsonl", "trails"] | None = None
     """Make the folder from this source when it does not exist."""
     options: dict[str, str | int | float] = {}

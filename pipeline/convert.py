@@ -21,7 +21,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, LoraConfig, RunConfig, load_config, read_recipes, recipe_paths
 from pipeline.export import Converted, ExportInfo
 from pipeline.latent.method import LatentMethod
-from pipeline.prepare import base_hash, check_base, data_folder
+from pipeline.prepare import base_hash, check_base, data_name
 from pipeline.released.back import to_released
 from pipeline.released.exporting import write_adapter, write_merged
 from pipeline.released.files import ModelWeights, file_hash, folder_in_whole, local_folder, place_of, read_config
@@ -182,7 +182,7 @@ def export_info(
         adapter_of=where if as_adapter else None,
         revision=revision if as_adapter else None,
         base_hash=base_hash(base, weights=True, revision=revision) if as_adapter else None,
-        data=str(data_folder(config).resolve()),
+        data=data_name(config),
         max_new_tokens=config.eval.max_new_tokens,
         vocabulary=rows if as_adapter else None,
         converted=Converted(

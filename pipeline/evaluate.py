@@ -25,6 +25,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import write_atomic
 from data_prep.reader import BadSample, ShardIndex, open_split
+from data_prep.storage import Location, location_of
 from pipeline.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
 from pipeline.judges import strict_choice
@@ -38,7 +39,7 @@ def main(
     *,
     run: Path | None = None,
     model: Path | None = None,
-    data: Path | None = None,
+    data: Location | None = None,
     split: str = "test",
     limit: int | None = None,
     batch: int = 16,
@@ -150,10 +151,10 @@ def read_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sa
     return sampling
 
 
-def open_data(loaded: LoadedModel, data: Path | None, split: str) -> ShardIndex:
+def open_data(loaded: LoadedModel, data: Location | None, split: str) -> ShardIndex:
     """The split to answer.  Raises UserError."""
-    folder = data or Path(loaded.info.data)
-    if data is None and not folder.exists():
+    folder = data or location_of(loaded.info.data)
+    if data is None and isinstance(folder, Path) and not folder.exists():
         raise UserError(f"the shards {folder} are not here; give --data DIR")
     return open_split(folder, split)
 

@@ -27,7 +27,7 @@ from pipeline.backbones.weights import incomplete
 from pipeline.config import LoraConfig, RunConfig, explain
 from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import LatentModel, embedding_weights, set_to_mean
-from pipeline.prepare import base_hash, data_folder, in_a_line
+from pipeline.prepare import base_hash, data_name, in_a_line
 from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
 from pipeline.registry import PLUGIN, load_plugin, loaded_plugins
 from pipeline.user_files import load_json
@@ -174,7 +174,7 @@ def write_export(
         adapter_of=(str(Path(base).resolve()) if Path(base).is_dir() else str(base)) if as_adapter else None,
         revision=config.model.revision if as_adapter else None,
         base_hash=base_hash if as_adapter else None,
-        data=str(data_folder(config).resolve()),
+        data=data_name(config),
         plugin=plugin.path.name if plugin else None,
         plugin_hash=plugin.sha256 if plugin else None,
         max_new_tokens=config.eval.max_new_tokens,

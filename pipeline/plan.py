@@ -15,15 +15,15 @@ from data_prep.files import write_atomic
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
-from pipeline.prepare import check_base, check_data, check_made_from, data_folder
+from pipeline.prepare import check_base, check_data, check_made_from, data_folder, to_be_made
 from pipeline.registry import PLUGIN, load_plugin, plugin_hash
 from pipeline.user_files import read_yaml
 
 FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options",
-    "data.workers", "data.max_bad", "train.micro_batch", "train.accumulation", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch", "train.log_every",
-    "train.trace", "train.export", "eval.max_new_tokens",
+    "data.workers", "data.max_bad", "data.cache_gb", "train.micro_batch", "train.accumulation",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch",
+    "train.log_every", "train.trace", "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
@@ -80,7 +80,7 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
     wanted = attempt(parse_stages, stages, len(config.curriculum.stages))
     attempt(check_base, config.model, config.prompt)
     folder, data = data_folder(config), config.data
-    if (folder / "manifest.json").exists() or data.source is None or data.mix:
+    if not to_be_made(config):
         indexes = attempt(check_data, config)
         dropped = data.last_batch == "drop" and not data.mix
         if indexes and dropped and triangle and len(indexes["train"]) < triangle.global_batch:

@@ -31,6 +31,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import read_manifest
 from data_prep.reader import ShardIndex, open_split
+from data_prep.storage import Location, location_of
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
@@ -48,22 +49,37 @@ READER_FILES = (
 """Files of a base model that decide what a row looks like to it."""
 
 
-def data_folder(config: RunConfig) -> Path:
+def data_folder(config: RunConfig) -> Location:
     """--data, or data/NAME of the recipe that makes its own; of a mixture the first."""
     return data_folders(config)[0]
 
 
-def data_folders(config: RunConfig) -> list[Path]:
+def data_folders(config: RunConfig) -> list[Location]:
     """The folder that is trained on, or all of `data.mix`."""
-    mixed = [Path(member.path) for member in config.data.mix]
-    return mixed or [Path(config.data.path or f"data/{config.name}")]
+    mixed = [location_of(member.path) for member in config.data.mix]
+    return mixed or [location_of(config.data.path or f"data/{config.name}")]
+
+
+def data_name(config: RunConfig) -> str:
+    """The same as another working directory can find it."""
+    folder = data_folder(config)
+    return folder if isinstance(folder, str) else str(folder.resolve())
+
+
+def to_be_made(config: RunConfig) -> bool:
+    """Whether the shard folder has to be made first: a local one that is not there, of a known source."""
+    folder, data = data_folder(config), config.data
+    if isinstance(folder, str) or data.source is None or data.mix:
+        return False
+    return not (folder / "manifest.json").exists()
 
 
 def make_data(config: RunConfig, say: Any) -> None:
     """Make the shard folder where the recipe says from what and it does not exist."""
-    folder, data = data_folder(config).absolute(), config.data
-    if (folder / "manifest.json").exists() or data.source is None or data.mix:
+    if not to_be_made(config):
         return
+    folder, data = Path(data_folder(config)).absolute(), config.data
+    assert data.source is not None
     words = [f"--{name}={value}" for name, value in data.options.items()]
     command = [sys.executable, "-m", "data_prep.shard", "--source", data.source, "--out", str(folder), *words]
     command += ["--workers", str(min(8, os.cpu_count() or 1))]
@@ -105,7 +121,7 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     shutil.rmtree(base, ignore_errors=True)
     writing = run / "base.writing"
     shutil.rmtree(writing, ignore_errors=True)
-    texts = chain.from_iterable(map(texts_of_folder, data_folders(config)))
+    texts = chain.from_iterable(texts_of_folder(folder, config.data.cache_gb) for folder in data_folders(config))
     tokenizer = train_tokenizer(texts, writing, scratch.vocab_size, family.TOKENIZER)
     torch.manual_seed(config.train.seed)
     vlm = family.create(scratch, tokenizer, writing)
@@ -201,7 +217,7 @@ def check_data(config: RunConfig) -> dict[str, Index]:
     for folder in folders:
         for split in splits:
             try:
-                opened[split].append(open_split(folder, split))
+                opened[split].append(open_split(folder, split, config.data.cache_gb))
                 if not len(opened[split][-1]):
                     problems.append(f"{folder}: split {split} is empty")
             except UserError as error:

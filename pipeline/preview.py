@@ -153,8 +153,9 @@ class Preview:
         micro_batch = train.micro_batch or math.ceil(math.ceil(train.global_batch / ranks) / (train.accumulation or 1))
         share = Share(0, ranks, train.global_batch, micro_batch)
         steps = StageSteps(
-            index, self.builder, config.curriculum, measure.number, share, train.seed, config.data.last_batch
-        )
+            index, self.builder, config.curriculum, measure.number, share, train.seed, config.data.last_batch,
+            config.data.group_by_length,
+        )  # fmt: skip
         measure.samples = len(index) if steps.chosen is None else len(steps.chosen)
         measure.steps = len(steps)
         measure.padding = padding = Padding(micro_batch)

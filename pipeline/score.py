@@ -16,6 +16,7 @@ from typing import Any
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
+from data_prep.storage import Location
 from pipeline.answers import Notes, Question, read_gold, read_predictions
 from pipeline.judges import Benchmark, JudgeName
 from pipeline.report import breakdown
@@ -27,7 +28,7 @@ def main(
     *,
     predictions: Path,
     benchmark: Benchmark,
-    gold: Path | None = None,
+    gold: Location | None = None,
     split: str = "test",
     judge: JudgeName = "official",
     against: Path | None = None,
@@ -67,10 +68,12 @@ def main(
     print("\n".join(text))
 
 
-def check_options(predictions: Path, gold: Path | None, against: Path | None, seed: int, json: Path | None) -> None:
+def check_options(predictions: Path, gold: Location | None, against: Path | None, seed: int, json: Path | None) -> None:
     """Raise UserError for all that can be seen before anything is read."""
     files = {"predictions": predictions, "gold": gold, "against": against}
-    problems = [f"--{name} {path}: no such file" for name, path in files.items() if path and not path.exists()]
+    problems = [
+        f"--{name} {path}: no such file" for name, path in files.items() if isinstance(path, Path) and not path.exists()
+    ]
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         problems.append(f"--json {json}: expected a file in a folder that exists")
     if seed < 0:
@@ -85,7 +88,7 @@ def warn(notes: Notes) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def gold_answers(path: Path, split: str) -> dict[str, Question]:
+def gold_answers(path: Location, split: str) -> dict[str, Question]:
     """`read_gold`, with warnings of what was odd."""
     notes = Notes(path)
     answers = read_gold(path, split, notes)

@@ -35,6 +35,14 @@ def test_evaluate_without_shards(tmp_path):
     info = SimpleNamespace(info=SimpleNamespace(data=str(tmp_path / "gone")))
     with pytest.raises(UserError, match="gone are not here; give --data DIR"):
         open_data(info, None, "test")
+    info.info.data = "http://127.0.0.1:1/shards"  # where the export was trained: it is asked for, not looked up here
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match=r"shards/manifest.json cannot be read \(Cannot connect to host"),
+    ):
+        patch.setattr("data_prep.remote.OPEN_SECONDS", 0.1)
+        patch.setenv("IVTLR_CACHE_GB", "0")
+        open_data(info, None, "test")
 
 
 def test_evaluate_run(whole_run, data):

@@ -70,6 +70,7 @@ class Options:
     kind: Literal["a", "b"] = "a"
     out: Path | None = None
     names: list[str] | None = None
+    data: Path | str | None = None
 
 
 def test_binding_converts_by_annotation() -> None:
@@ -80,10 +81,14 @@ def test_binding_converts_by_annotation() -> None:
         "kind": "b",
         "out": "x/y",
         "names": "one",
+        "data": "https://host/x",
     }
     assert cli.bind(Options, given) == {
         "size": 7, "rate": 1e-4, "on": True, "kind": "b", "out": Path("x/y"), "names": ["one"],
+        "data": "https://host/x",
     }  # fmt: skip
+    assert cli.convert(Path | str | None, "~/x") == Path.home() / "x"
+    assert "--data path or URL (default none)" in cli.help_text(Options, "p")
 
 
 def test_all_problems_at_once() -> None:

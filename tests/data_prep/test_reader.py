@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep import storage
 from data_prep.errors import UserError
 from data_prep.index import RECORD, read_manifest, write_manifest
 from data_prep.reader import BadSample, open_split
@@ -83,6 +87,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda f: edit_manifest(f, lambda part: part["shards"].pop()), "do not add up"),
         (lambda f: edit_manifest(f, lambda part: part["shards"][1].update(samples="10")), "shards.1.samples"),
         (lambda f: edit_manifest(f, lambda part: part.pop("index")), "index: Field required"),
+        (lambda f: edit_manifest(f, lambda part: part["shards"][1].update(sha256="../x")), "shards.1.sha256"),
         (
             lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="../x.tar")),
             "no file of this folder",
@@ -142,6 +147,41 @@ def test_opening_reads_no_index(trails: Path, monkeypatch: pytest.MonkeyPatch) -
     for position in (3, 4, 24, 3):
         index.read(position)
     assert checked == [0, 2]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_errors_of_a_network_file_system_pass(trails: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A stale handle is opened anew; what stays is a bad sample."""
+    index = open_split(trails, "train")
+    sound, pread, handles, left = index.read(12), os.pread, [], [3]
+
+    def failing(handle: int, size: int, offset: int) -> bytes:
+        handles.append(os.fstat(handle).st_ino)
+        if left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return pread(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.01)
+    os.rename(trails / "train-000001.tar", trails / "old.tar")
+    shutil.copy(trails / "old.tar", trails / "train-000001.tar")
+    assert index.read(12) == sound and handles[0] != handles[-1]
+    left[0], handles[:] = 10**9, []
+    monkeypatch.setattr(storage, "_LOCAL_SECONDS", 0.1)
+    with pytest.raises(BadSample, match=f"train-000001.tar cannot be read: {os.strerror(code)}"):
+        index.read(12)
+    assert len(handles) > 2
+    left[0] = 0
+    assert index.read(12) == sound
+
+
+def test_other_errors_are_told_at_once(trails: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", None)
+    index = open_split(trails, "train")
+    (trails / "train-000001.tar").unlink()
+    with pytest.raises(BadSample, match="No such file"):
+        index.read(12)
 
 
 def test_missing_split(tmp_path: Path) -> None:

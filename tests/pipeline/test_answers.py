@@ -14,6 +14,7 @@ from data_prep import cli, shard
 from data_prep.errors import UserError
 from pipeline.answers import Notes, Prediction, Question, read_gold, read_predictions
 from tests.pipeline.examples import picture
+from tests.server import serving
 
 
 def row(id: str, **changes: Any) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_problems_and_a_result_file(tmp_path: Path) -> None:
         read(tmp_path / "r.json")
 
 
-def test_a_shard_folder_is_gold(tmp_path: Path) -> None:
+def test_a_shard_folder_is_gold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hints and pictures of a prepared folder are known, and so are the fields."""
     (tmp_path / "q2.png").write_bytes(picture())
     rows = [
@@ -140,6 +141,10 @@ def test_a_shard_folder_is_gold(tmp_path: Path) -> None:
     assert gold["q1"].subject == "natural science" and gold["q1"].grade == "grade2"
     with pytest.raises(UserError, match="has no split val"):
         read_gold(tmp_path / "out", "val", Notes(tmp_path / "out"))
+    monkeypatch.setenv("IVTLR_CACHE_GB", "0")
+    monkeypatch.setenv("no_proxy", "*")
+    with serving(tmp_path / "out") as server:
+        assert read_gold(server.url, "test", Notes(server.url)) == gold
 
 
 @pytest.mark.parametrize(

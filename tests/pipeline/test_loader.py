@@ -30,6 +30,7 @@ from pipeline.loader import Share, StageSteps, _Matches, _outlast_signals, match
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
 from tests.pipeline.examples import make_example, picture
+from tests.server import dropped, serving
 
 SAMPLES, GLOBAL_BATCH = 23, 8
 STAGES = [StageConfig(latents=n, skip=n, epochs=2) for n in range(3)]
@@ -64,7 +65,7 @@ def broken(folder: Path, tmp_path: Path) -> ShardIndex:
     shutil.copytree(folder, tmp_path / "broken")
     index = open_split(tmp_path / "broken", "train")
     record = index.records[9]
-    with open(index.storage.local(index.shards[record["shard"]]["name"]), "r+b") as tar:
+    with open(tmp_path / "broken" / index.shards[record["shard"]]["name"], "r+b") as tar:
         tar.seek(int(record["json_offset"]) + 20)
         old = tar.read(1)
         tar.seek(-1, 1)
@@ -105,6 +106,25 @@ def rows(step: list[Batch]) -> list[int]:
 def test_workers_change_nothing(index: ShardIndex, builder: RowBuilder, workers: int) -> None:
     dataset = steps(index, builder, mix=0.5)
     assert_same(list(steps_from(dataset, 0, workers)), all_steps(dataset))
+
+
+@pytest.mark.parametrize("cache_gb", [None, 0])
+def test_workers_read_from_a_server(
+    index: ShardIndex, builder: RowBuilder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cache_gb: float | None,
+) -> None:  # fmt: skip
+    """Two of them, after their parent has read, from one that drops every fifth connection; then those of a copy."""
+    monkeypatch.setenv("IVTLR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("data_prep.remote.BLOCK", 3000)
+    expected = all_steps(steps(index, builder))
+    with serving(folder) as server:
+        server.fault = lambda h: len(server.asked) % 5 == 0 and dropped(h)
+        dataset = steps(open_split(server.url, "train", cache_gb), builder)
+        assert_same([dataset[0]], expected[:1])
+        for _ in range(2):
+            assert_same(list(steps_from(dataset, 0, 2)), expected)
+            assert_same([dataset[5]], expected[5:])
 
 
 @pytest.mark.parametrize("start", range(7))

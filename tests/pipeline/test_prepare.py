@@ -13,7 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
 from pipeline.config import LoraConfig, ModelConfig, load_config
-from pipeline.prepare import base_hash, check_base, make_data
+from pipeline.prepare import base_hash, check_base, data_folder, data_name, make_data
 from pipeline.prompt import PromptConfig
 from tests.pipeline.tiny import tiny_config
 
@@ -95,5 +95,8 @@ def test_signal_to_the_whole_job_does_not_end_data_making(tmp_path: Path, monkey
     config = load_config(None, {"model.path": "m", "data.path": str(tmp_path / "data"), "data.source": "trails"})
     make_data(config, print)
     maker.write_text("#!/bin/sh\nexit 1\n")
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"path": "https://host/shards"})})
+    make_data(elsewhere, print)  # a URL is never made
+    assert data_name(elsewhere) == data_folder(elsewhere) == "https://host/shards"
     with pytest.raises(UserError, match="could not be made from trails"):
         make_data(config, print)
