@@ -380,8 +380,9 @@ def main(
     """Turn a source into WebDataset tars with an index.
 
     Sources: m3cot and scienceqa (--input: a hub id, or a folder of parquet files; scienceqa also its original
-    problems.json), jsonl (your own: --input FILE.jsonl), and trails (generated), with options of its own:
-    --grid --cell --hops --colours --mix --seed --train --val --test (see data_prep/sources/trails.py).
+    problems.json), jsonl (your own: --input FILE.jsonl), webdataset (--input: a tar or a folder of tars), and trails
+    (generated), with options of its own: --grid --cell --hops --colours --mix --seed --train --val --test (see
+    data_prep/sources/trails.py).
 
     Example: python -m data_prep.shard --source trails --train 2000 --val 100 --test 100 --out data/trails
     """

@@ -93,7 +93,7 @@ class DataConfig(Section):
 
     path: str | None = None
     """Shard folder made by data_prep.shard (also --data)."""
-    source: Literal["m3cot", "scienceqa", "jsonl", "trails"] | None = None
+    source: Literal["m3cot", "scienceqa", "jsonl", "webdataset", "trails"] | None = None
     """Make the folder from this source when it does not exist."""
     options: dict[str, str | int | float] = {}
     """That source's own options."""

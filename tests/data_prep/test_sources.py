@@ -232,10 +232,10 @@ def test_jsonl_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "id", "told"),
     [
-        (b"{bad\n", "own.jsonl:2", "not a line of JSON"),
-        (b'{"id": "\xff"}\n', "own.jsonl:2", "not a line of JSON"),
-        (b'{"id": NaN}\n', "own.jsonl:2", "not a line of JSON"),
-        (b"[" * 100_000 + b"\n", "own.jsonl:2", "not a line of JSON"),
+        (b"{bad\n", "own.jsonl:2", "not valid JSON"),
+        (b'{"id": "\xff"}\n', "own.jsonl:2", "not valid JSON"),
+        (b'{"id": NaN}\n', "own.jsonl:2", "not valid JSON"),
+        (b"[" * 100_000 + b"\n", "own.jsonl:2", "not valid JSON"),
         (b"[1]\n", "own.jsonl:2", "not a JSON object"),
         (jsonl_line(id="z", split="dev").encode(), "z", "wrong split: 'dev'"),
         (jsonl_line(id="z", choices="ab").encode(), "z", "choices is no list"),
@@ -244,7 +244,7 @@ def test_jsonl_file(tmp_path: Path) -> None:
         (jsonl_line(id="z", image="/etc/hosts").encode(), "z", "image outside the folder"),
         (jsonl_line(id="z", image="gone.png").encode(), "z", "image file cannot be read"),
         (jsonl_line(id="z", image=["x"]).encode(), "z", "image not a file name"),
-        (jsonl_line(id="z", extra={"deep": 1}).encode(), "z", "field 'extra' neither text nor number"),
+        (jsonl_line(id="z", extra={"deep": 1}).encode(), "z", "a field neither text nor number: 'extra', dict"),
     ],
 )
 def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> None:
