@@ -236,7 +236,7 @@ def _decoding(image: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
             width, height = picture.size
             if width * height > max_pixels:
                 raise InvalidExample(f"image too large: {width} x {height} pixels")
-            if max(width, height) > MAX_RATIO * min(width, height):
+            if not min(width, height) or max(width, height) > MAX_RATIO * min(width, height):
                 raise InvalidExample(f"image too narrow: {width} x {height} pixels")
             yield picture
     except InvalidExample:

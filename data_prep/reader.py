@@ -60,7 +60,7 @@ class ShardIndex:
         path = self.storage.local(self._index)
         try:
             records = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy reads the head as Python's grammar has it, with as many kinds of errors
             raise UserError(f"{self.storage.describe(self._index)} cannot be read ({error}); {REMAKE}") from None
         if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.shape != (len(self),):
             told = f"{self.storage.describe(self._index)} does not hold {len(self)} index records"
@@ -137,7 +137,7 @@ def open_split(folder: Path | str, split: str) -> ShardIndex:
     if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:
         raise UserError(f"{storage.describe('manifest.json')}: the shards of {split} do not add up; {REMAKE}")
     for name in (part["index"]["name"], *(shard["name"] for shard in part["shards"])):
-        if name != Path(name).name or name in ("", ".", ".."):
+        if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
             told = f"{storage.describe('manifest.json')} names {name}, which is no file of this folder"
             raise UserError(f"{told}; {REMAKE}")
     for shard in part["shards"]:

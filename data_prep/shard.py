@@ -103,6 +103,7 @@ def build(
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
     table = open_source(source, input, options)
+    _check_apart(table.input(), out)
     if not table.splits():
         raise UserError(f"--source {source}: {input or 'it'} has no rows")
     settings = {
@@ -126,6 +127,13 @@ def build(
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from None
     return manifest
+
+
+def _check_apart(input: Input, out: Path) -> None:
+    """Raise UserError where tars that are read lie where tars are written, and those of earlier runs removed."""
+    for path in input.values() if isinstance(input, dict) else ():
+        if path.suffix == ".tar" and path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {out} holds the input {path.name}; choose another folder")
 
 
 def _identity(input: Input) -> str | list[dict[str, Any]] | None:

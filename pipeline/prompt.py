@@ -216,11 +216,10 @@ class RowBuilder:
         all_patches = self._image_columns(row.image_grid)
         patches = all_patches if self.num_patches is None or not all_patches else self.num_patches
         taken = len(row.prompt_ids) + latents * (patches + 1) + row.given + len(answer)
-        left = self.config.max_tokens - taken
-        while left < sum(map(len, pieces)) and pieces and self.config.overlong == "drop_steps":
-            pieces.pop()
-        if left < sum(map(len, pieces)):
-            excess = sum(map(len, pieces)) - left
+        excess = taken + sum(map(len, pieces)) - self.config.max_tokens
+        while excess > 0 and pieces and self.config.overlong == "drop_steps":
+            excess -= len(pieces.pop())
+        if excess > 0:
             raise OverlongSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
         row.dropped_steps = len(steps) - len(pieces)
         row.target_ids = [*row.target_ids, *(token for piece in pieces for token in piece), *answer]

@@ -64,6 +64,8 @@ class WebDataset:
         id = tar.path.name
         try:
             members = list(islice(tar.members(samples.start[row]), min(samples.members[row], 3)))
+            if not members:
+                raise DamagedTar("tar changed while it was read")
             id = members[0].key
             if samples.twice[row]:
                 raise InvalidExample(f"key twice in a tar: {tar.path.name}")

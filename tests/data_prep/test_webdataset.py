@@ -234,9 +234,27 @@ def test_mistakes(tmp_path: Path) -> None:
         open_source("webdataset", str(tmp_path))
 
 
+@pytest.mark.parametrize("out", ["", "..", "link"])
+def test_the_input_is_not_written_over(tmp_path: Path, out: str) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    before = write_tar(folder / "train-000007.tar", *sample("a"))
+    (folder / "link").symlink_to(folder)
+    with pytest.raises(UserError, match=r"--out .* holds the input train-000007\.tar"):
+        build("webdataset", folder / out, input=str(folder))
+    assert (folder / "train-000007.tar").read_bytes() == before
+
+
 def test_a_tar_that_goes_away(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", *sample("a"))
-    source = open_source("webdataset", str(tmp_path))
+    source = pickle.loads(pickle.dumps(open_source("webdataset", str(tmp_path))))
+    (tmp_path / "train.tar").write_bytes(bytes(1024))
+    with pytest.raises(Rejected, match="tar changed while it was read"):
+        source.example("train", 0)
+    source = open_source("webdataset", str(tmp_path / "train.tar"))
+    assert source.splits() == []
+    write_tar(tmp_path / "train.tar", *sample("a"))
+    source = pickle.loads(pickle.dumps(open_source("webdataset", str(tmp_path))))
     (tmp_path / "train.tar").unlink()
     with pytest.raises(UserError, match="cannot be read any more"):
         source.example("train", 0)
