@@ -194,6 +194,22 @@ def test_overlong_rows_are_skipped_if_so_wanted(processor: Qwen2VLProcessor) -> 
         build(processor, make_example(), 3, max_tokens=needed - 5, overlong="skip")
 
 
+def test_dropping_looks_at_each_step_once(processor: Qwen2VLProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rationale of 100,000 steps takes no longer for each than one of three."""
+    asked: list[int] = []
+
+    class Piece(list):
+        def __len__(self) -> int:
+            asked.append(1)
+            return super().__len__()
+
+    builder, steps = RowBuilder(processor, PromptConfig(max_tokens=100), 2), ["It is green"] * 500
+    whole = processor.text_ids
+    monkeypatch.setattr(processor, "text_ids", lambda text: (Piece if text[:2] == "It" else list)(whole(text)))
+    row = builder.row(make_example(), "k", 1, 0, steps)
+    assert 450 < row.dropped_steps < 500 and len(asked) <= 3 * len(steps)
+
+
 def test_dropped_steps_are_counted_by_the_batch(processor: Qwen2VLProcessor) -> None:
     row = build(processor, make_example(), max_tokens=columns(build(processor, make_example(), steps=STEPS[:1])))
     assert collate([row, row], processor.row_format, 0).dropped_steps == 4
