@@ -37,6 +37,7 @@ from data_prep.example import Example, InvalidExample, image_extension
 from data_prep.files import atomic_path, sha256, temporary_path, write_atomic
 from data_prep.index import read_manifest, scan_tar, write_index, write_manifest
 from data_prep.sources import SPLITS, Input, Rejected, Source, open_source, source_options
+from data_prep.sources.folders import check_apart
 
 TextOnly = Literal["keep", "skip"]
 SplitOrAll = Literal["all", "train", "val", "test"]
@@ -103,7 +104,7 @@ def build(
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
     table = open_source(source, input, options)
-    _check_apart(table.input(), out)
+    check_apart(table.input(), out)
     if not table.splits():
         raise UserError(f"--source {source}: {input or 'it'} has no rows")
     settings = {
@@ -127,13 +128,6 @@ def build(
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from None
     return manifest
-
-
-def _check_apart(input: Input, out: Path) -> None:
-    """Raise UserError where tars that are read lie where tars are written, and those of earlier runs removed."""
-    for path in input.values() if isinstance(input, dict) else ():
-        if path.suffix == ".tar" and path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"--out {out} holds the input {path.name}; choose another folder")
 
 
 def _identity(input: Input) -> str | list[dict[str, Any]] | None:

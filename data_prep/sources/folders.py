@@ -37,3 +37,10 @@ def split_of(*parts: str) -> str | None:
     """The split that the last of a path's parts that names one begins with, such as train-00000.tar; None for none."""
     words = [re.split(r"[-_.]", part)[0].lower() for part in parts[::-1]]
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def check_apart(input: object, out: Path) -> None:
+    """Raise UserError where tars that are read (`Input`) lie where tars are written, and those of earlier runs removed."""
+    for path in input.values() if isinstance(input, dict) else ():
+        if path.suffix == ".tar" and path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {out} holds the input {path.name}; choose another folder")
