@@ -40,7 +40,7 @@ def split_of(*parts: str) -> str | None:
 
 
 def check_apart(input: object, out: Path) -> None:
-    """Raise UserError where tars that are read (`Input`) lie where tars are written, and those of earlier runs removed."""
+    """Raise UserError where tars that are read lie where tars are written, and those of earlier runs removed."""
     for path in input.values() if isinstance(input, dict) else ():
         if path.suffix == ".tar" and path.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--out {out} holds the input {path.name}; choose another folder")
