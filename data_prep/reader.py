@@ -137,7 +137,7 @@ def open_split(folder: Path | str, split: str) -> ShardIndex:
     if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:
         raise UserError(f"{storage.describe('manifest.json')}: the shards of {split} do not add up; {REMAKE}")
     for name in (part["index"]["name"], *(shard["name"] for shard in part["shards"])):
-        if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
+        if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
             told = f"{storage.describe('manifest.json')} names {name}, which is no file of this folder"
             raise UserError(f"{told}; {REMAKE}")
     for shard in part["shards"]:

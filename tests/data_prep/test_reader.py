@@ -91,6 +91,10 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
             lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="x\0.tar")),
             "no file of this folder",
         ),
+        (
+            lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="\ud800.tar")),
+            "no file of this folder",
+        ),
         (lambda f: damage(f, "train.index.npy", lambda b: b.replace(b"(25,)", b"(25 ,")), "cannot be read"),
     ],
 )
