@@ -6,16 +6,31 @@ In a tar an Example is two members: `KEY.json` (canonical: sorted keys, UTF-8) a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 64 * 2**20
 """Pictures with more pixels are refused before they are decoded."""
+
+MAX_BYTES = 64 * 2**20
+"""Pictures of more bytes are refused."""
+
+MAX_RATIO = 200
+"""Pictures more than so many times as long as they are wide are refused, as Qwen2-VL's processor does in training."""
+
+MAX_RECORD = 2**20
+"""Bytes of an Example's texts, as JSON; longer ones are refused, what training cannot take is its own matter."""
+
+MAX_CHOICES = 26
+"""There are no more letters to answer with."""
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp")
 """What a picture's bytes may be; the index stores 1 + the position in this tuple, 0 for no picture."""
@@ -25,7 +40,13 @@ HASH_BYTES = 16
 
 
 class InvalidExample(ValueError):
-    """An Example or its stored form breaks a rule; the message is the reason, as "KIND" or "KIND: DETAIL"."""
+    """An Example or its stored form breaks a rule; the message is the reason, as "KIND" or "KIND: DETAIL".
+
+    Kinds are counted, so that none quotes the data; a long detail is cut.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(shortened(reason))
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Example:
     """train, val or test."""
     question: str
     choices: tuple[str, ...]
-    """At least two."""
+    """Two to `MAX_CHOICES`."""
     answer: int
     """0-based position in `choices`."""
     rationale: str
@@ -64,10 +85,14 @@ class Example:
                 raise InvalidExample(f"no {name}")
         if len(self.choices) < 2:
             raise InvalidExample(f"fewer than 2 choices: {len(self.choices)}")
+        if len(self.choices) > MAX_CHOICES:
+            raise InvalidExample(f"more than {MAX_CHOICES} choices: {len(self.choices)}")
         if not all(choice.strip() for choice in self.choices):
             raise InvalidExample("an empty choice")
         if not 0 <= self.answer < len(self.choices):
             raise InvalidExample(f"answer outside the choices: {self.answer} of {len(self.choices)}")
+        if (size := len(self.to_json())) > MAX_RECORD:
+            raise InvalidExample(f"texts too long: {size} bytes")
         if self.image is not None:
             check_image(self.image, max_pixels)
 
@@ -78,15 +103,23 @@ class Example:
             raise InvalidExample(f"image not bytes: {type(self.image).__name__}")
         if not isinstance(self.choices, tuple) or not isinstance(self.fields, dict):
             raise InvalidExample("choices must be a tuple and fields a dict")
-        texts = {name: getattr(self, name) for name in _TEXTS}
-        texts |= {f"choice {i}": choice for i, choice in enumerate(self.choices)}
-        texts |= {f"field {name!r}": value for name, value in self.fields.items()}
-        texts |= {f"name of field {i}": name for i, name in enumerate(self.fields)}
-        for name, text in texts.items():
+        for kind, detail, text in self._texts():
             if not isinstance(text, str):
-                raise InvalidExample(f"{name} not text: {type(text).__name__}")
+                raise InvalidExample(f"{kind} not text: {detail}{type(text).__name__}")
             if not _is_unicode(text):
-                raise InvalidExample(f"{name} not valid Unicode")
+                raise InvalidExample(f"{kind} not valid Unicode: {detail}{text!r}")
+            if "\0" in text:
+                raise InvalidExample(f"{kind} holds a NUL character: {detail}{text!r}")
+
+    def _texts(self) -> Iterator[tuple[str, str, Any]]:
+        """Every text with what it is, and which one of them."""
+        for name in _TEXTS:
+            yield name, "", getattr(self, name)
+        for number, choice in enumerate(self.choices):
+            yield "a choice", f"{number}, ", choice
+        for name, value in self.fields.items():
+            yield "the name of a field", "", name
+            yield "a field", f"{name!r}, ", value
 
     def to_record(self) -> dict[str, Any]:
         """The content of `KEY.json`: everything but the picture."""
@@ -98,10 +131,12 @@ class Example:
         """The inverse of `to_record`.
 
         Raises:
-            InvalidExample: keys are missing or unknown.
+            InvalidExample: keys are missing or unknown, or the choices no list.
         """
-        if not isinstance(record, dict) or record.keys() != _RECORD_KEYS:
-            raise InvalidExample(f"the record's keys are not {', '.join(sorted(_RECORD_KEYS))}")
+        if not isinstance(record, dict) or record.keys() != RECORD_KEYS:
+            raise InvalidExample(f"the record's keys are not {', '.join(sorted(RECORD_KEYS))}")
+        if not isinstance(record["choices"], list):
+            raise InvalidExample("choices is no list")
         return cls(**record | {"choices": tuple(record["choices"])}, image=image)
 
     def to_json(self) -> bytes:
@@ -115,7 +150,7 @@ class Example:
 
 
 _TEXTS = ("id", "dataset", "split", "question", "rationale", "context")
-_RECORD_KEYS = {*_TEXTS, "answer", "choices", "fields"}
+RECORD_KEYS = {*_TEXTS, "answer", "choices", "fields"}
 
 
 def content_hash(json_member: bytes, image_member: bytes) -> bytes:
@@ -154,29 +189,90 @@ def image_extension(image: bytes) -> str:
 
 
 def image_size(image: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as the picture is meant to be seen, i.e. after its EXIF orientation."""
-    with Image.open(io.BytesIO(image)) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    """(width, height) in pixels as the picture is meant to be seen, i.e. after its EXIF orientation.
+
+    Raises:
+        InvalidExample: as `open_picture`, as far as the head of the file tells.
+    """
+    with _decoding(image) as picture:
         width, height = picture.size
-    return (height, width) if turned else (width, height)
+        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
 
 
 def check_image(image: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Decode the whole picture once.
 
     Raises:
-        InvalidExample: unknown format, too many pixels, or damaged.
+        InvalidExample: as `open_picture`.
     """
+    open_picture(image, max_pixels)
+
+
+def open_picture(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded picture, turned as its EXIF says, in the mode that it has; of an animation the first frame.
+
+    Raises:
+        InvalidExample: unknown format, too large or too narrow, built to be slow, or damaged.
+    """
+    with _decoding(image, max_pixels) as picture:
+        picture.load()
+        turn = _TURNS.get(_orientation(picture))
+        return picture if turn is None else picture.transpose(turn)
+
+
+@contextlib.contextmanager
+def _decoding(image: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The opened picture; whatever goes wrong inside, Pillow's errors of many kinds, is an InvalidExample."""
     extension = image_extension(image)
+    if len(image) > MAX_BYTES:
+        raise InvalidExample(f"image too large: {len(image)} bytes")
+    for mark, most in _SLOW.items():
+        if extension == "jpg" and image.count(mark) > most:
+            raise InvalidExample(f"image too slow to decode: {image.count(mark)} times {mark!r}")
     try:
-        with Image.open(io.BytesIO(image)) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise InvalidExample(f"image too large: {picture.width} x {picture.height} pixels")
-            picture.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused here
+            picture = Image.open(io.BytesIO(image), formats=[_DECODERS[extension]])
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise InvalidExample(f"image too large: {width} x {height} pixels")
+            if not min(width, height) or max(width, height) > MAX_RATIO * min(width, height):
+                raise InvalidExample(f"image too narrow: {width} x {height} pixels")
+            yield picture
     except InvalidExample:
         raise
-    except Exception as error:  # damaged bytes make PIL's decoders raise errors of many kinds
+    except Image.DecompressionBombError as error:
+        raise InvalidExample(f"image too large: {error}") from error
+    except UnidentifiedImageError as error:  # whose text has a memory address
+        raise InvalidExample(f"image cannot be decoded: {extension}, bad head") from error
+    except Exception as error:
         raise InvalidExample(f"image cannot be decoded: {extension}, {error}") from error
+
+
+_DECODERS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "PNG", "WEBP", "GIF", "BMP"), strict=True))
+"""The only ones of Pillow's that may see the bytes; it has dozens, and one runs programs."""
+
+_SLOW = {b"\xff\xda": 100, b"Exif\0\0": 1000}
+"""Bytes of which a JPEG has few (scans, metadata): one with 10,000 scans is small and takes minutes."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""By EXIF orientation, what makes a picture upright."""
+
+
+def _orientation(picture: Image.Image) -> Any:
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata around a sound picture
+        return 1
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """The beginning of a text that is quoted from the data."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _is_unicode(text: str) -> bool:

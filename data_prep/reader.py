@@ -60,7 +60,7 @@ class ShardIndex:
         path = self.storage.describe(self._index["name"])
         try:
             records = self.storage.array(self._index)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy reads the head as Python's grammar has it, with as many kinds of errors
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({reason}); {REMAKE}") from None
         if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.shape != (len(self),):
@@ -149,7 +149,7 @@ def open_split(folder: Location, split: str, cache_gb: float | None = None) -> S
     if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:
         raise UserError(f"{storage.describe('manifest.json')}: the shards of {split} do not add up; {REMAKE}")
     for name in (part["index"]["name"], *(shard["name"] for shard in part["shards"])):
-        if name != Path(name).name or name in ("", ".", ".."):
+        if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
             told = f"{storage.describe('manifest.json')} names {name}, which is no file of this folder"
             raise UserError(f"{told}; {REMAKE}")
     for shard in part["shards"]:

@@ -37,6 +37,7 @@ from data_prep.example import Example, InvalidExample, image_extension
 from data_prep.files import atomic_path, sha256, temporary_path, write_atomic
 from data_prep.index import read_manifest, scan_tar, write_index, write_manifest
 from data_prep.sources import SPLITS, Input, Rejected, Source, open_source, source_options
+from data_prep.sources.folders import check_apart
 
 TextOnly = Literal["keep", "skip"]
 SplitOrAll = Literal["all", "train", "val", "test"]
@@ -103,6 +104,7 @@ def build(
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
     table = open_source(source, input, options)
+    check_apart(table.input(), out)
     if not table.splits():
         raise UserError(f"--source {source}: {input or 'it'} has no rows")
     settings = {
@@ -380,8 +382,9 @@ def main(
     """Turn a source into WebDataset tars with an index.
 
     Sources: m3cot and scienceqa (--input: a hub id, or a folder of parquet files; scienceqa also its original
-    problems.json), jsonl (your own: --input FILE.jsonl), and trails (generated), with options of its own:
-    --grid --cell --hops --colours --mix --seed --train --val --test (see data_prep/sources/trails.py).
+    problems.json), jsonl (your own: --input FILE.jsonl), webdataset (--input: a tar or a folder of tars), and trails
+    (generated), with options of its own: --grid --cell --hops --colours --mix --seed --train --val --test (see
+    data_prep/sources/trails.py).
 
     Example: python -m data_prep.shard --source trails --train 2000 --val 100 --test 100 --out data/trails
     """

@@ -73,10 +73,14 @@ class LocalStorage:
         return self._persist((self.folder / name).read_bytes)
 
     def read_parts(self, shard: ShardEntry, *parts: Part) -> list[bytes]:
+        return self.read_at(shard["name"], *parts)
+
+    def read_at(self, name: str, *parts: Part) -> list[bytes]:
+        """Parts of any file, each shorter where the file ends before.  Raises OSError."""
         try:
-            return self._open(shard["name"]).read(parts)
+            return self._open(name).read(parts)
         except OSError:
-            return self._persist(lambda: self._open(shard["name"]).read(parts))
+            return self._persist(lambda: self._open(name).read(parts))
 
     def forget(self, shard: ShardEntry, *parts: Part) -> bool:
         return False

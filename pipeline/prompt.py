@@ -6,16 +6,15 @@ changes no other token.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.example import MAX_PIXELS, Example
+from data_prep.example import Example, InvalidExample, open_picture
 from pipeline.batch import Row, RowFormat
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -136,13 +135,10 @@ def open_image(data: bytes) -> Image.Image:
     Raises UnusableSample for bytes that are not one.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise UnusableSample(f"image of {image.width} x {image.height} pixels")
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except UnusableSample:
-        raise
-    except Exception as error:  # PIL's decoders raise whatever a broken file makes them raise
+        return _to_rgb(open_picture(data))
+    except InvalidExample as error:
+        raise UnusableSample(str(error)) from error
+    except Exception as error:  # of a mode that cannot be converted
         raise UnusableSample(f"image cannot be decoded: {error}") from error
 
 
@@ -220,11 +216,10 @@ class RowBuilder:
         all_patches = self._image_columns(row.image_grid)
         patches = all_patches if self.num_patches is None or not all_patches else self.num_patches
         taken = len(row.prompt_ids) + latents * (patches + 1) + row.given + len(answer)
-        left = self.config.max_tokens - taken
-        while left < sum(map(len, pieces)) and pieces and self.config.overlong == "drop_steps":
-            pieces.pop()
-        if left < sum(map(len, pieces)):
-            excess = sum(map(len, pieces)) - left
+        excess = taken + sum(map(len, pieces)) - self.config.max_tokens
+        while excess > 0 and pieces and self.config.overlong == "drop_steps":
+            excess -= len(pieces.pop())
+        if excess > 0:
             raise OverlongSample(f"{excess} tokens over the limit of {self.config.max_tokens} (prompt.max_tokens)")
         row.dropped_steps = len(steps) - len(pieces)
         row.target_ids = [*row.target_ids, *(token for piece in pieces for token in piece), *answer]

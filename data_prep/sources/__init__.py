@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import json
+import math
+import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.cli import bind
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample
+from data_prep.example import MAX_BYTES, Example, InvalidExample, shortened
 
 SPLITS = ("train", "val", "test")
-NAMES = ("m3cot", "scienceqa", "jsonl", "trails")
+NAMES = ("m3cot", "scienceqa", "jsonl", "webdataset", "trails")
 
 Input = str | dict[str, Path] | None
 """What a source reads: a hub id, local files by names that do not tell where they lie, or nothing."""
@@ -24,8 +29,8 @@ class Rejected(Exception):
     """A row that gives no Example."""
 
     def __init__(self, id: str, reason: str) -> None:
-        super().__init__(id, reason)
-        self.id, self.reason = id, reason
+        self.id, self.reason = shortened(str(id)), shortened(reason)
+        super().__init__(self.id, self.reason)
 
 
 @contextlib.contextmanager
@@ -92,9 +97,62 @@ def source_options(name: str) -> dict[str, str]:
     return {option: str(value) for option, value in defaults.items()}
 
 
+def strict_json(content: str) -> Any:
+    """The value of a JSON text, of which nothing is lost.
+
+    Raises:
+        ValueError: no JSON, a key that an object has twice, a number that is none or too large, or too deep nesting.
+    """
+    try:
+        return json.loads(content, parse_constant=_no_number, parse_float=_number, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _number(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(shortened(digits, 20))
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these members; ValueError where two have one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shortened(repr(twice), 100)} is there twice")
+    return found
+
+
 def text(value: Any) -> Any:
     """A cell of a table, with the empty text for a missing value; whether it is text is validated later."""
     return "" if value is None else value
+
+
+def id_text(value: Any) -> str:
+    """An id as text, empty for a missing one.
+
+    Raises:
+        InvalidExample: neither text nor number.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise InvalidExample(f"id neither text nor number: {type(value).__name__}")
+    return str(text(value))
+
+
+def field_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """What results are broken down by, as text; a number that is none counts as missing, which is the empty text.
+
+    Raises:
+        InvalidExample: neither text, number nor true/false.
+    """
+    for name, value in values.items():
+        if not isinstance(value, str | int | float | None):
+            raise InvalidExample(f"a field neither text nor number: {name!r}, {type(value).__name__}")
+    return {name: "" if value is None or value != value else str(value) for name, value in values.items()}
 
 
 def choice_texts(choices: Any) -> tuple[Any, ...]:
@@ -115,10 +173,22 @@ def read_image(path: Path, name: str) -> bytes:
         InvalidExample: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise InvalidExample(f"image file cannot be read: {name}, not a regular file")
+            if state.st_size > MAX_BYTES:
+                raise InvalidExample(f"image too large: {state.st_size} bytes")
+            return file.read()
+    except InvalidExample:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise InvalidExample(f"image file cannot be read: {name}, {reason}") from error
+        raise InvalidExample(f"image file cannot be read: {shortened(name, 200)}, {reason}") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would make it wait for a writer
 
 
 def answer_index(answer: Any) -> Any:

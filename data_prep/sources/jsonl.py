@@ -16,19 +16,34 @@
     context     optional text
     split       optional: train (if absent), val or test; in the folder form it must be the file's
     others      text, number or true/false: a field that results can be broken down by
+
+A line has at most `MAX_LINE` bytes, and no key twice.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Input, Rejected, answer_index, choice_texts, read_image, text
+from data_prep.example import Example, InvalidExample, shortened
+from data_prep.sources import (
+    SPLITS,
+    Input,
+    Rejected,
+    answer_index,
+    choice_texts,
+    field_texts,
+    id_text,
+    read_image,
+    strict_json,
+    text,
+)
+
+MAX_LINE = 4 * 2**20
+"""Bytes of a line; of a longer one no more is ever in memory."""
 
 _KEYS = {"id", "image", "question", "choices", "answer", "rationale", "context", "split"}
 
@@ -46,14 +61,17 @@ class JsonLines:
             self._scan(split, path)
 
     def _scan(self, split: str | None, path: Path) -> None:
-        start = 0
+        start, number = 0, 0
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
                 if line.strip():
                     place = self._lines.setdefault(split or _told_split(line), _Lines(path, split is None))
                     place.starts.append(start)
                     place.numbers.append(number)
-                start += len(line)
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # the rest of one that is too long
+                    line = file.readline(MAX_LINE + 1)
+                start = file.tell()
 
     def input(self) -> Input:
         return {f"{split or 'input'}.jsonl": path for split, path in self._files.items()}
@@ -70,27 +88,16 @@ class JsonLines:
         try:
             with open(lines.path, "rb") as file:
                 file.seek(lines.starts[row])
-                line = file.readline()
+                line = file.readline(MAX_LINE + 1)
         except OSError as error:
             raise UserError(f"--input {lines.path}: cannot be read any more ({error.strerror})") from None
         try:
-            content = _parse(line)
-            id = str(text(content.get("id"))) or id
-            told = content.get("split", "train" if lines.tell_split else split)
-            if told != split:
-                raise InvalidExample(f"wrong split: {told!r}")
-            return self._example(split, content, lines.path.parent)
+            content = json_object(line)
+            id = id_text(content.get("id")) or id
+            check_split(content.get("split", "train" if lines.tell_split else split), split)
+            return own_example(content, self.name, split, _read_image(lines.path.parent, content.get("image")))
         except InvalidExample as error:
             raise Rejected(id, str(error)) from error
-
-    def _example(self, split: str, content: dict[str, Any], folder: Path) -> Example:
-        return Example(
-            id=str(text(content.get("id"))), dataset=self.name, split=split,
-            question=text(content.get("question")), choices=choice_texts(content.get("choices")),
-            answer=answer_index(content.get("answer")), rationale=text(content.get("rationale")),
-            context=text(content.get("context")), image=_read_image(folder, content.get("image")),
-            fields=_fields(content),
-        )  # fmt: skip
 
 
 class _Lines:
@@ -101,24 +108,44 @@ class _Lines:
         self.starts, self.numbers = array("q"), array("q")
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes) -> dict[str, Any]:
+    """The keys of an own question.  Raises InvalidExample for what is no JSON object, or more than `MAX_LINE` bytes."""
+    if len(line) > MAX_LINE:
+        raise InvalidExample(f"more than {MAX_LINE} bytes of JSON")
     try:
-        content = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidExample(f"not a line of JSON: {error}") from error
+        content = strict_json(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise InvalidExample(f"not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidExample("not a JSON object")
     return content
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+def own_example(content: dict[str, Any], dataset: str, split: str, image: bytes | None) -> Example:
+    """The Example of an own question's keys and its picture.
+
+    Raises:
+        InvalidExample: the keys make none; what they hold is validated later.
+    """
+    return Example(
+        id=id_text(content.get("id")), dataset=dataset, split=split,
+        question=text(content.get("question")), choices=choice_texts(content.get("choices")),
+        answer=answer_index(content.get("answer")), rationale=text(content.get("rationale")),
+        context=text(content.get("context")), image=image,
+        fields=field_texts({name: value for name, value in content.items() if name not in _KEYS and value is not None}),
+    )  # fmt: skip
+
+
+def check_split(told: Any, split: str) -> None:
+    """Raise InvalidExample where a question tells another split than that of its place."""
+    if told != split:
+        raise InvalidExample(f"wrong split: {told!r}")
 
 
 def _told_split(line: bytes) -> str:
     """The split that a line names; a line that names no right one is a row of train, to be rejected there."""
     try:
-        told = _parse(line).get("split", "train")
+        told = json_object(line).get("split", "train")
     except InvalidExample:
         return "train"
     return told if told in SPLITS else "train"
@@ -133,21 +160,10 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
     try:
         path = os.path.realpath(os.path.join(root, name))
     except ValueError as error:  # a NUL in the name
-        raise InvalidExample(f"image file cannot be read: {name}, {error}") from error
+        raise InvalidExample(f"image file cannot be read: {shortened(name, 200)}, {error}") from error
     if os.path.commonpath([root, path]) != root:
         raise InvalidExample(f"image outside the folder: {name}")
     return read_image(Path(path), name)
-
-
-def _fields(content: dict[str, Any]) -> dict[str, str]:
-    fields = {}
-    for name, value in content.items():
-        if name in _KEYS or value is None:
-            continue
-        if not isinstance(value, str | int | float):
-            raise InvalidExample(f"field {name!r} neither text nor number")
-        fields[name] = str(value)
-    return fields
 
 
 def open_table(input: str | None) -> JsonLines:

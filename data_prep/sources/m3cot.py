@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_prep.example import Example
-from data_prep.sources import answer_index, choice_texts, rejecting, text
+from data_prep.sources import answer_index, choice_texts, field_texts, id_text, rejecting, text
 from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
 
 HUB_ID = "LightChen2333/M3CoT"
@@ -17,14 +17,14 @@ class M3CoT(ParquetSource):
     name = "m3cot"
 
     def example(self, split: str, row: int) -> Example:
-        cells = self._tables[split][row]
+        cells = self._cells(split, row)
         with rejecting(cells["id"]):
             return Example(
-                id=text(cells["id"]), dataset=self.name, split=split,
+                id=id_text(cells["id"]), dataset=self.name, split=split,
                 question=text(cells["question"]), choices=choice_texts(cells["choices"]),
                 answer=answer_index(cells["answer"]), rationale=text(cells["rationale"]),
                 context=text(cells["context"]), image=image_bytes(cells["image"], self._folder),
-                fields={name: str(text(cells[name])) for name in FIELDS},
+                fields=field_texts({name: cells[name] for name in FIELDS}),
             )  # fmt: skip
 
 

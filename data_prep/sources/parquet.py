@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from data_prep.sources import SPLITS, Input, read_image
+from data_prep.sources import SPLITS, Input, Rejected, read_image
+from data_prep.sources.folders import SPLIT_WORDS, files_below, files_by_split
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 class ParquetSource:
@@ -33,13 +25,20 @@ class ParquetSource:
     def input(self) -> Input:
         if not self._folder.is_dir():
             return self._input
-        return {file.relative_to(self._folder).as_posix(): file for file in _parquet_files(self._folder)}
+        return {file.relative_to(self._folder).as_posix(): file for file in files_below(self._folder, ".parquet")}
 
     def splits(self) -> list[str]:
         return list(self._tables)
 
     def rows(self, split: str) -> int:
         return len(self._tables[split])
+
+    def _cells(self, split: str, row: int) -> dict[str, Any]:
+        """The row's plain values by column.  Raises Rejected where they cannot be read."""
+        try:
+            return self._tables[split][row].to_pylist()[0]
+        except Exception as error:  # such as text that is no UTF-8
+            raise Rejected(f"{split}-{row}", f"row cannot be read: {error}") from error
 
 
 def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
@@ -77,46 +76,30 @@ def load_tables(input: str, columns: Collection[str]) -> dict[str, Dataset]:
         reason = str(cause).partition("\n")[0]
         raise UserError(f"--input {input}: cannot be loaded ({type(cause).__name__}: {reason})") from error
 
-    tables = {_SPLIT_WORDS[name]: table for name, table in found.items() if name in _SPLIT_WORDS}
+    tables = {SPLIT_WORDS[name]: table for name, table in found.items() if name in SPLIT_WORDS}
     for split, table in tables.items():
         if missing := sorted(set(columns) - set(table.column_names)):
             raise UserError(f"--input {input}: the split {split} has no column {', '.join(missing)}")
         try:
-            tables[split] = table.cast_column("image", datasets.Image(decode=False))
+            table = table.select_columns(list(columns)).cast_column("image", datasets.Image(decode=False))
+            # plain values: the files could say of any column that its bytes are to be decoded as they are read
+            tables[split] = table.with_format("arrow")
         except Exception as error:  # of many kinds here too
             raise UserError(f"--input {input}: the column image of the split {split} holds no pictures") from error
     if not tables and not path.is_dir():
-        raise UserError(f"--input {input}: no split is called {', '.join(_SPLIT_WORDS)}")
+        raise UserError(f"--input {input}: no split is called {', '.join(SPLIT_WORDS)}")
     return {split: tables[split] for split in SPLITS if split in tables}
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.parquet") if path.is_file())
-
-
 def _files_with_rows(folder: Path) -> dict[str, list[str]]:
-    """`_files_by_split` without the files that have no rows: the datasets library cannot open such a file."""
+    """The parquet files by split, without the files that have no rows: the datasets library cannot open such a file."""
     import pyarrow.parquet
 
     kept = {
         split: [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
-        for split, files in _files_by_split(folder).items()
+        for split, files in files_by_split(folder, ".parquet").items()
     }
-    return {split: files for split, files in kept.items() if files}
-
-
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files below `folder` by the split that their name, or else their folder's, begins with."""
-    files: dict[str, list[Path]] = {}
-    for path in _parquet_files(folder):
-        words = [re.split(r"[-_.]", part)[0].lower() for part in path.relative_to(folder).parts[::-1]]
-        split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
-        if split is None:
-            raise UserError(f"--input {folder}: cannot tell the split of {path.name}; name it train, val or test")
-        files.setdefault("validation" if split == "val" else split, []).append(path)
-    if not files:
-        raise UserError(f"--input {folder}: no parquet files in this folder")
-    return files
+    return {"validation" if split == "val" else split: files for split, files in kept.items() if files}
 
 
 def image_bytes(cell: dict[str, Any] | None, folder: Path) -> Any:

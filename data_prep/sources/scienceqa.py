@@ -15,7 +15,18 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
-from data_prep.sources import SPLITS, Input, Source, answer_index, choice_texts, read_image, rejecting, text
+from data_prep.sources import (
+    SPLITS,
+    Input,
+    Source,
+    answer_index,
+    choice_texts,
+    field_texts,
+    read_image,
+    rejecting,
+    text,
+    unique_keys,
+)
 from data_prep.sources.parquet import ParquetSource, image_bytes, load_tables
 
 HUB_ID = "derek-thomas/ScienceQA"
@@ -28,10 +39,17 @@ def _example(id: str, split: str, problem: dict[str, Any], image: Any) -> Exampl
         id=id, dataset="scienceqa", split=split,
         question=text(problem.get("question")), choices=choice_texts(problem.get("choices")),
         answer=answer_index(problem.get("answer")),
-        rationale=f"{text(problem.get('lecture'))} {text(problem.get('solution'))}".strip(),
+        rationale=_rationale(text(problem.get("lecture")), text(problem.get("solution"))),
         context=text(problem.get("hint")), image=image,
-        fields={name: str(text(problem.get(name))) for name in FIELDS},
+        fields=field_texts({name: problem.get(name) for name in FIELDS}),
     )  # fmt: skip
+
+
+def _rationale(lecture: Any, solution: Any) -> str:
+    for name, part in (("lecture", lecture), ("solution", solution)):
+        if not isinstance(part, str):
+            raise InvalidExample(f"{name} not text: {type(part).__name__}")
+    return f"{lecture} {solution}".strip()
 
 
 class ScienceQAParquet(ParquetSource):
@@ -40,7 +58,7 @@ class ScienceQAParquet(ParquetSource):
     name = "scienceqa"
 
     def example(self, split: str, row: int) -> Example:
-        id, problem = f"{split}-{row}", self._tables[split][row]
+        id, problem = f"{split}-{row}", self._cells(split, row)
         with rejecting(id):
             return _example(id, split, problem, image_bytes(problem["image"], self._folder))
 
@@ -51,7 +69,7 @@ class ScienceQAProblems:
     name = "scienceqa"
 
     def __init__(
-        self, problems: dict[str, dict[str, Any]], ids: dict[str, list[str]], images: Path, files: dict[str, Path]
+        self, problems: dict[str, Any], ids: dict[str, list[str]], images: Path, files: dict[str, Path]
     ) -> None:
         self._problems, self._ids, self._images, self._files = problems, ids, images, files
 
@@ -70,6 +88,8 @@ class ScienceQAProblems:
             if id not in self._problems:
                 raise InvalidExample("in pid_splits.json but not in the problems")
             problem = self._problems[id]
+            if not isinstance(problem, dict):
+                raise InvalidExample(f"problem not a JSON object: {type(problem).__name__}")
             return _example(id, split, problem, self._image(split, id, text(problem.get("image"))))
 
     def _image(self, split: str, id: str, name: Any) -> bytes | None:
@@ -98,7 +118,7 @@ def open_table(input: str | None) -> Source:
 
 def _open_problems(path: Path) -> ScienceQAProblems:
     problems = _read_json(path)
-    if not isinstance(problems, dict) or not all(isinstance(problem, dict) for problem in problems.values()):
+    if not isinstance(problems, dict):
         raise UserError(f"--input {path}: expected one JSON object of problems by id")
     files, splits_file = {"problems.json": path}, path.parent / "pid_splits.json"
     if splits_file.is_file():
@@ -110,7 +130,8 @@ def _open_problems(path: Path) -> ScienceQAProblems:
     else:
         ids = {}
         for id, problem in problems.items():
-            ids.setdefault(str(problem.get("split", "train")), []).append(id)
+            told = problem.get("split", "train") if isinstance(problem, dict) else "train"
+            ids.setdefault(str(told), []).append(id)
         if strangers := sorted(set(ids) - set(SPLITS)):
             raise UserError(f"--input {path}: problems of the split {', '.join(strangers)}; use {', '.join(SPLITS)}")
     return ScienceQAProblems(problems, ids, path.parent / "images", files)
@@ -118,6 +139,6 @@ def _open_problems(path: Path) -> ScienceQAProblems:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--input {path}: cannot be read as JSON ({error})") from None

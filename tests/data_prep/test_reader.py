@@ -92,6 +92,15 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
             lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="../x.tar")),
             "no file of this folder",
         ),
+        (
+            lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="x\0.tar")),
+            "no file of this folder",
+        ),
+        (
+            lambda f: edit_manifest(f, lambda part: part["shards"][0].update(name="\ud800.tar")),
+            "no file of this folder",
+        ),
+        (lambda f: damage(f, "train.index.npy", lambda b: b.replace(b"(25,)", b"(25 ,")), "cannot be read"),
     ],
 )
 def test_disagreeing_files_are_refused(trails: Path, spoil: Callable[[Path], Any], told: str) -> None:

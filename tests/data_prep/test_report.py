@@ -208,7 +208,7 @@ class Elements(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
 
 
-EVIL = "\"'><script>alert(1)</script><img src=http://x.example/y onerror=alert(2)>&lt;b&gt; \x00\x1b[31m \u202e $title"
+EVIL = "\"'><script>alert(1)</script><img src=http://x.example/y onerror=alert(2)>&lt;b&gt; \x1b[31m \u202e $title"
 
 
 def test_no_data_becomes_markup(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,61 @@ def test_parquet_choices_of_text(tmp_path: Path, name: str, row: dict[str, Any])
     assert reason(open_source(name, str(tmp_path)), "train", 0)[1] == "choices is no list"
 
 
+def test_parquet_cells_that_cannot_be_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    write_parquet(tmp_path / "train.parquet", [m3cot_row(0), m3cot_row(1)])
+    table = pyarrow.parquet.read_table(tmp_path / "train.parquet")
+    broken = pyarrow.array([b"\xff", b"Why?"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(table.schema.field("question").type, 2, broken.buffers())
+    table = table.set_column(table.column_names.index("question"), "question", column)
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    source = open_source("m3cot", str(tmp_path))
+    id, told = reason(source, "train", 0)
+    assert id == "train-0" and told.startswith("row cannot be read")
+    assert source.example("train", 1).question == "Why?"
+
+
+def test_parquet_files_do_not_choose_a_decoder(tmp_path: Path) -> None:
+    """The datasets library decodes what a file declares to be a picture, with any of Pillow's decoders."""
+    cells = {"bytes": picture(format="EPS"), "path": None}
+    rows = [m3cot_row(0, question=cells, extra=cells)]
+    table = datasets.Dataset.from_list(rows)
+    for column in ("image", "question", "extra"):
+        table = table.cast_column(column, datasets.Image(decode=True))
+    table.to_parquet(tmp_path / "train.parquet")
+    example = open_source("m3cot", str(tmp_path)).example("train", 0)
+    assert example.question == cells and example.image == picture("green")
+    with pytest.raises(InvalidExample, match="question not text: dict"):
+        example.validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"topic": ["a"]}, "a field neither text nor number: 'topic', list"),
+        ({"id": ["a"]}, "id neither text nor number: list"),
+        ({"answer": 1.0}, None),
+        ({"choices": ["a", None]}, None),
+    ],
+)
+def test_m3cot_cells_of_wrong_types(tmp_path: Path, changes: dict[str, Any], told: str | None) -> None:
+    write_parquet(tmp_path / "train.parquet", [m3cot_row(0, **changes)])
+    source = open_source("m3cot", str(tmp_path))
+    if told:
+        assert reason(source, "train", 0)[1] == told
+    else:
+        with pytest.raises(InvalidExample):
+            source.example("train", 0).validate()
+
+
+def test_a_number_that_is_none_is_a_missing_field(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [m3cot_row(0, image_id=float("nan")), m3cot_row(1, image_id=2.0)])
+    source = open_source("m3cot", str(tmp_path))
+    assert [source.example("train", row).fields["image_id"] for row in (0, 1)] == ["", "2.0"]
+
+
 def test_scienceqa_original_layout(scienceqa_folder: Path) -> None:
     source = open_source("scienceqa", str(scienceqa_folder))
     assert source.splits() == ["train", "val", "test"]
@@ -152,6 +208,9 @@ def test_scienceqa_problems_file_alone(tmp_path: Path) -> None:
         ({"choices": "ab"}, "choices is no list"),
         ({"image": 5}, "image not a file name"),
         ({"image": "\0.png"}, "image file cannot be read"),
+        ({"lecture": ["Liquids", "flow"]}, "lecture not text: list"),
+        ({"solution": float("nan")}, "solution not text: float"),
+        ({"topic": {"a": 1}}, "a field neither text nor number: 'topic', dict"),
     ],
 )
 def test_scienceqa_bad_problems(tmp_path: Path, change: dict[str, Any], told: str) -> None:
@@ -160,6 +219,17 @@ def test_scienceqa_bad_problems(tmp_path: Path, change: dict[str, Any], told: st
     id, found = reason(open_source("scienceqa", str(path)), "train", 0)
     assert id == "7"
     assert found.startswith(told)
+
+
+def test_scienceqa_problems_that_are_no_objects(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"7": ["x"], "8": scienceqa_problem(split="test")}))
+    source = open_source("scienceqa", str(path))
+    assert reason(source, "train", 0) == ("7", "problem not a JSON object: list")
+    assert source.example("test", 0).id == "8"
+    path.write_text('{"7": {}, "7": {}}')
+    with pytest.raises(UserError, match="the key '7' is there twice"):
+        open_source("scienceqa", str(path))
 
 
 @pytest.mark.parametrize("id", ["../../../x", "..", ".", "", "a/b", "a\\b"])
@@ -232,10 +302,16 @@ def test_jsonl_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "id", "told"),
     [
-        (b"{bad\n", "own.jsonl:2", "not a line of JSON"),
-        (b'{"id": "\xff"}\n', "own.jsonl:2", "not a line of JSON"),
-        (b'{"id": NaN}\n', "own.jsonl:2", "not a line of JSON"),
-        (b"[" * 100_000 + b"\n", "own.jsonl:2", "not a line of JSON"),
+        (b"{bad\n", "own.jsonl:2", "not valid JSON"),
+        (b'{"id": "\xff"}\n', "own.jsonl:2", "not valid JSON"),
+        (b'{"id": NaN}\n', "own.jsonl:2", "not valid JSON: NaN is no number"),
+        (b'{"id": 1e400}\n', "own.jsonl:2", "not valid JSON: 1e400 is no number"),
+        (b'{"id": "y", "id": "z"}\n', "own.jsonl:2", "not valid JSON: the key 'id' is there twice"),
+        (b'{"id": ' + b"9" * 5000 + b"}\n", "own.jsonl:2", "not valid JSON"),
+        (jsonl_line(id="z", x="x" * 2**22).encode(), "own.jsonl:2", "more than 4194304 bytes of JSON"),
+        (jsonl_line(id=["z"]).encode(), "own.jsonl:2", "id neither text nor number: list"),
+        (jsonl_line(id=True).encode(), "own.jsonl:2", "id neither text nor number: bool"),
+        (b"[" * 100_000 + b"\n", "own.jsonl:2", "not valid JSON"),
         (b"[1]\n", "own.jsonl:2", "not a JSON object"),
         (jsonl_line(id="z", split="dev").encode(), "z", "wrong split: 'dev'"),
         (jsonl_line(id="z", choices="ab").encode(), "z", "choices is no list"),
@@ -244,7 +320,7 @@ def test_jsonl_file(tmp_path: Path) -> None:
         (jsonl_line(id="z", image="/etc/hosts").encode(), "z", "image outside the folder"),
         (jsonl_line(id="z", image="gone.png").encode(), "z", "image file cannot be read"),
         (jsonl_line(id="z", image=["x"]).encode(), "z", "image not a file name"),
-        (jsonl_line(id="z", extra={"deep": 1}).encode(), "z", "field 'extra' neither text nor number"),
+        (jsonl_line(id="z", extra={"deep": 1}).encode(), "z", "a field neither text nor number: 'extra', dict"),
     ],
 )
 def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> None:
@@ -256,6 +332,42 @@ def test_jsonl_bad_lines(tmp_path: Path, line: bytes, id: str, told: str) -> Non
     assert found[0] == id
     assert found[1].startswith(told)
     assert source.example("train", 2).id == "b"
+
+
+def test_jsonl_lines_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is read in parts of the limit's size; CRLF, a BOM and a last line without end are as good."""
+    monkeypatch.setattr("data_prep.sources.jsonl.MAX_LINE", 300)
+    good = [jsonl_line(id=f"{i}").encode().strip() for i in range(4)]
+    just = jsonl_line(id="just", x="x" * (299 - len(jsonl_line(id="just", x="")))).encode().strip()
+    assert len(just) == 298
+    path = tmp_path / "own.jsonl"
+    parts = [b"\xef\xbb\xbf" + good[0], b"{" * 301, just, b"{" * 2000, good[1], b"", b"\xff\xfe", good[2], b"{" * 900]
+    path.write_bytes(b"\r\n".join([*parts, good[3]]))
+    source = open_source("jsonl", str(path))
+    assert source.rows("train") == 9
+    assert [source.example("train", row).id for row in (0, 2, 4, 6, 8)] == ["0", "just", "1", "2", "3"]
+    for row, told in [(1, "own.jsonl:2"), (3, "own.jsonl:4"), (5, "own.jsonl:7"), (7, "own.jsonl:9")]:
+        found = reason(source, "train", row)
+        assert found[0] == told
+        assert found[1].startswith("not valid JSON" if row == 5 else "more than 300 bytes of JSON")
+
+
+def test_pictures_that_are_no_files(tmp_path: Path) -> None:
+    """A pipe would make the reader wait for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    names = ["pipe.png", "folder.png", "large.png", "n" * 5000]
+    (tmp_path / "train.jsonl").write_text("".join(jsonl_line(image=name) for name in names))
+    source = open_source("jsonl", str(tmp_path))
+    found = [reason(source, "train", row)[1] for row in range(4)]
+    assert found[:3] == [
+        "image file cannot be read: pipe.png, not a regular file",
+        "image file cannot be read: folder.png, Is a directory",
+        "image too large: 67108865 bytes",
+    ]
+    assert found[3].endswith("File name too long") and len(found[3]) < 310
 
 
 def test_jsonl_links(tmp_path: Path) -> None:
