@@ -124,6 +124,12 @@ def tidy(out: Path, made_from: str) -> None:
             folder.rmdir()
 
 
+def remove_unfinished(out: Path) -> None:
+    """Remove what ended processes were writing."""
+    for path in (out / PARTS).glob("*.tmp"):
+        path.unlink()
+
+
 def _made_from(record: Path) -> Any:
     """What a part's record says that it was made from, without what was held out."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -26,7 +26,7 @@ from data_prep.errors import UserError
 from data_prep.index import read_manifest
 from data_prep.made_from import MadeFrom, difference, fingerprint, made_from
 from data_prep.parts import ALSO_IN, PARTS, Shard, TextOnly, make_shard
-from data_prep.publish import locked, publishing, recover, settle, tidy
+from data_prep.publish import locked, publishing, recover, remove_unfinished, settle, tidy
 from data_prep.sources import SPLITS, Source, open_source, source_options
 from data_prep.verify import check_folder
 
@@ -84,7 +84,10 @@ def build(
         raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
     try:
         with locked(out) as lock:
-            return _Build(table, out, made, workers, lock, say).run(table.splits() if split == "all" else [split])
+            try:
+                return _Build(table, out, made, workers, lock, say).run(table.splits() if split == "all" else [split])
+            finally:
+                remove_unfinished(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             kept = "finished shards are kept: make room and start the same command again"
@@ -254,10 +257,9 @@ def main(
     Example: python -m data_prep.shard --source trails --train 2000 --val 100 --test 100 --out data/trails
     """
     if verify:
-        if given := [
-            name for name, value in {"source": source, "input": input, **options}.items() if value is not None
-        ]:
-            raise UserError(f"--verify takes --out and --workers, not --{given[0]}")
+        given = {"source": source, "input": input, **options}
+        if stray := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise UserError(f"--verify takes --out and --workers, not {', '.join(stray)}")
         with cli.terminated_as_interrupted():
             print(check_folder(out, workers))
         return

@@ -60,9 +60,8 @@ def check_folder(folder: Path, workers: int = 1, tell: Callable[[str], object] =
         tqdm(total=samples, desc="verify", unit=" samples") as bar,
         crew(functools.partial(_check, folder), workers, bar) as work,
     ):
-        for problem in itertools.chain(
-            _of_manifest(folder, manifest), itertools.chain.from_iterable(work(_jobs(manifest)))
-        ):
+        found = itertools.chain([_of_manifest(folder, manifest)], work(_jobs(manifest)))
+        for problem in itertools.chain.from_iterable(found):
             problems += 1
             tell(problem)
     if problems:
