@@ -53,6 +53,8 @@ def check_folder(folder: Path, workers: int = 1, tell: Callable[[str], object] =
     Raises:
         UserError: something disagrees, or the manifest cannot be read.
     """
+    if workers < 1:
+        raise UserError("--workers: expected 1 or more")
     manifest = read_manifest(folder)
     problems = 0
     samples = sum(part["samples"] for part in manifest["splits"].values())
@@ -74,7 +76,7 @@ def check_folder(folder: Path, workers: int = 1, tell: Callable[[str], object] =
 def _jobs(manifest: dict[str, Any]) -> Iterator[_File | _Tar]:
     if rejects := manifest.get("rejects"):
         yield _File(rejects["name"], rejects["sha256"])
-    for part in manifest["splits"].values():
+    for part in (manifest["splits"][split] for split in SPLITS if split in manifest["splits"]):
         yield _File(part["index"]["name"], part["index"]["sha256"])
         start = 0
         for entry in part["shards"]:
@@ -117,7 +119,8 @@ def _check(folder: Path, job: _File | _Tar, progress: Progress) -> list[str]:
     except ValueError as error:
         problems.append(f"{job.index}: the part of {name} {error}")
     except OSError as error:
-        problems.append(f"{name}: its samples cannot be read ({error.strerror or error})")
+        if not problems:
+            problems.append(f"{name}: its samples cannot be read ({error.strerror or error})")
     progress(samples)
     return problems
 
