@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -49,7 +50,8 @@ def crew(
     # Nothing is sent. Only this process holds the second end, so its death, too, tells the workers to end.
     told, end = context.Pipe(duplex=False)
     done = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(work, done, told, keep_open))
+    sent = _send(work)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sent, done, told, keep_open))
 
     def map_in_order(jobs: Iterable[Job]) -> Iterator[Result]:
         waiting = iter(jobs)
@@ -76,13 +78,27 @@ def crew(
         end.close()
         pool.shutdown(cancel_futures=True)
         told.close()
+        sent.close()
+
+
+def _send(work: Any) -> Connection:
+    """`work` in a file of the memory, for processes that are handed the open file.
+
+    Not among the arguments of a process: if it is long and the process dies as it starts, multiprocessing waits for
+    ever for it to be read.
+    """
+    file = Connection(os.memfd_create("work"))  # a Connection because these cross to spawned processes
+    with open(file.fileno(), "wb", closefd=False) as writer:
+        pickle.dump(work, writer)
+    return file
 
 
 _work_of_this_process: Callable[[Any], Any]
 
 
-def _start(work: Callable[[Any, Progress], Any], done: Any, told: Connection, keep_open: Connection | None) -> None:
+def _start(sent: Connection, done: Any, told: Connection, keep_open: Connection | None) -> None:
     global _work_of_this_process
+    work = pickle.loads(os.pread(sent.fileno(), os.fstat(sent.fileno()).st_size, 0))
 
     def progress(rows: int) -> None:
         with done.get_lock():

@@ -17,8 +17,8 @@ from data_prep.files import atomic_path
 DIGEST = np.dtype(f"S{HASH_BYTES}")
 """A digest as numpy sorts it: as bytes, those of equal length."""
 
-BUCKET = 2**20
-"""Digests that are held at a time: 16 MiB, and some 100 while they are counted."""
+BUCKET = 2**19
+"""Digests that are held at a time; counting them takes some 60 MiB."""
 
 _BLOCK = 2**15
 """Records that are read at a time."""
