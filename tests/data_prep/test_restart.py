@@ -5,6 +5,7 @@ IVTLR_KILLS says how many real kills `test_killed_at_random_moments` makes, each
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -200,36 +201,34 @@ def test_a_full_disk(trails: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-WORDS = ["--source=trails", "--train=60", "--val=6", "--test=6", "--samples_per_shard=4", "--workers=2"]
+SIZES = {"train": 60, "val": 6, "test": 6}
+SHARDS = 15 + 2 + 2
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:
-    """The command at work, as soon as it writes."""
-    command = [sys.executable, "-m", "data_prep.shard", *WORDS, f"--out={out}"]
+    """The command at work with two workers."""
+    words = ["--source=trails", *(f"--{split}={rows}" for split, rows in SIZES.items()), "--samples_per_shard=4"]
+    command = [sys.executable, "-m", "data_prep.shard", *words, "--workers=2", f"--out={out}"]
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
-    while not (out / PARTS).exists() and process.poll() is None:
-        time.sleep(0.002)
-    return process
+    return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole")
-    began = time.monotonic()
-    assert whole.wait(timeout=60) == 0
-    takes, wanted = time.monotonic() - began, contents(tmp_path / "whole")
+    """At so many finished shards and a little later, the last ones while all is put in place."""
+    build("trails", tmp_path / "whole", options=SIZES, samples_per_shard=4)
+    wanted = contents(tmp_path / "whole")
     for kill in range(KILLS):
-        draw = random.Random(kill)
-        out = tmp_path / f"out-{kill}"
-        process = start(out)
-        time.sleep(draw.uniform(0, takes))
-        if draw.random() < 0.5:
-            process.kill()  # its workers end by themselves
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        said: list[str] = []
-        again = {"train": 60, "val": 6, "test": 6}
-        build("trails", out, options=again, samples_per_shard=4, say=said.append)
-        print(f"kill {kill}: {' '.join(said) or 'nothing was kept'}")
+        draw, out = random.Random(kill), tmp_path / f"out-{kill}"
+        process, shards = start(out), draw.randrange(SHARDS + 1)
+        while len(list((out / PARTS).glob("*.json"))) < shards and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        alone = draw.random() < 0.5  # its workers then end by themselves
+        with contextlib.suppress(ProcessLookupError):
+            process.kill() if alone else os.killpg(process.pid, signal.SIGKILL)
+        status, said = process.wait(), list[str]()
+        kept = sum(record.with_suffix(".tar").exists() for record in (out / PARTS).glob("*.json"))
+        build("trails", out, options=SIZES, samples_per_shard=4, say=said.append)
+        print(f"kill {kill}: {'alone' if alone else 'all'}, after {shards} shards, status {status}: {' '.join(said)}")
         assert contents(out) == wanted, f"kill {kill}"
+        assert not kept or int(said[0].split()[1]) >= kept  # a worker of a killed command may still finish one
