@@ -53,12 +53,18 @@ def crew(
     sent = _send(work)
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sent, done, told, keep_open))
 
+    def hand_out(job: Job) -> Future[Result]:
+        try:
+            return pool.submit(_work, job)
+        except (OSError, ValueError, RuntimeError) as error:  # the pool finds itself broken, at a moment of its own
+            raise BrokenProcessPool from error
+
     def map_in_order(jobs: Iterable[Job]) -> Iterator[Result]:
         waiting = iter(jobs)
         handed_out: deque[Future[Result]] = deque()
         while True:
             while len(handed_out) < _AHEAD * workers and (job := next(waiting, None)) is not None:
-                handed_out.append(pool.submit(_work, job))
+                handed_out.append(hand_out(job))
             if not handed_out:
                 return
             while not wait([handed_out[0]], timeout=_POLL).done:
