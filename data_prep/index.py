@@ -3,7 +3,7 @@
     manifest.json         what the folder holds, written last; a folder without it is unfinished
     SPLIT-000000.tar      the samples, `KEY.json` and `KEY.EXT`; KEY is the source row with nine digits
     SPLIT.index.npy       one `RECORD` per sample, in the tars' order
-    rejects.jsonl         the rows that are not in the tars, each with its reason
+    rejects.jsonl         the rows that are not in the tars, in order, each with its split, key, id and reason
 
 This module writes it; `data_prep.reader` reads it.
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,10 +123,13 @@ def _record(file: int, shard: int, key: str, text: tarfile.TarInfo, picture: tar
     )  # fmt: skip
 
 
-def write_index(path: Path, records: np.ndarray) -> None:
-    """Write `records` (samples,) of `RECORD` as a .npy file."""
+def write_records(path: Path, blocks: Iterable[np.ndarray], length: int, dtype: np.dtype = RECORD) -> None:
+    """Write `blocks`, (n,) of `dtype` and `length` in all, one after the other as a .npy file."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, records, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(block.astype(dtype, copy=False).tobytes())
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -1,77 +1,40 @@
 """Command: turn a source into WebDataset tars with an index (`python -m data_prep.shard --help`).
 
-Shard k of a split holds the source's rows k*S to (k+1)*S-1, so the files do not depend on the number of
-workers, and a second run writes the same bytes. Each file is written under a temporary name and renamed; the
-manifest comes last.
+Shard k of a split holds the source's rows k*S to (k+1)*S-1, so the files do not depend on the number of workers, and a
+second run writes the same bytes. A run that was stopped, however, goes on from the shards that it had finished
+(`data_prep.parts`); until all of them are there, an older folder stays as it was (`data_prep.publish`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
-import hashlib
 import inspect
-import io
-import json
-import multiprocessing
-import os
-import re
-import signal
-import tarfile
-import threading
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from data_prep import cli
+from data_prep.assemble import REJECTS, assemble, check_unchanged, count_duplicates, write_rejects
+from data_prep.crew import crew
+from data_prep.duplicates import digests_of, write_sorted
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample, image_extension
-from data_prep.files import atomic_path, sha256, temporary_path, write_atomic
-from data_prep.index import read_manifest, scan_tar, write_index, write_manifest
-from data_prep.sources import SPLITS, Input, Rejected, Source, open_source, source_options
+from data_prep.index import read_manifest
+from data_prep.made_from import MadeFrom, difference, fingerprint, made_from
+from data_prep.parts import ALSO_IN, PARTS, Shard, TextOnly, make_shard
+from data_prep.publish import locked, publishing, recover, remove_unfinished, settle, tidy
+from data_prep.sources import SPLITS, Source, open_source, source_options
 from data_prep.sources.folders import check_apart
+from data_prep.verify import check_folder
 
-TextOnly = Literal["keep", "skip"]
 SplitOrAll = Literal["all", "train", "val", "test"]
-_SKIPPED = "no image (text_only=skip)"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar to be written."""
-
-    folder: Path
-    split: str
-    number: int
-    rows: range
-    text_only: TextOnly
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:06d}.tar"
-
-
-@dataclass
-class Written:
-    """What came of a `Shard`."""
-
-    entry: dict[str, Any] = field(default_factory=dict)
-    """Its line in the manifest: name, bytes, sha256, samples."""
-    records: np.ndarray | None = None
-    """Its part of the index, (samples,) of `data_prep.index.RECORD`."""
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    """Its lines of the rejects file."""
-    without_image: int = 0
-    without_rationale: int = 0
-    ids: list[str] = field(default_factory=list)
+Leaked = Literal["keep", "drop"]
+_HELD_OUT = ("test", "val")
+"""Splits whose questions training is not to see, in the order in which a reason names them."""
 
 
 def build(
@@ -84,6 +47,8 @@ def build(
     workers: int = 1,
     samples_per_shard: int = 1000,
     text_only: TextOnly = "keep",
+    leaked: Leaked = "keep",
+    say: Callable[[str], object] = len,
 ) -> dict[str, Any]:
     """Write a source's splits as a shard folder (`data_prep.index`), and return its manifest.
 
@@ -96,10 +61,14 @@ def build(
         workers: processes that write; the files do not depend on it.
         samples_per_shard: source rows per tar.
         text_only: whether questions without a picture are kept or skipped.
+        leaked: whether training examples that ask the same as one of test or val (`data_prep.example.question_hash`)
+            are kept or dropped. To drop them, the splits test and val must be in `out` or made by the same call.
+        say: is told what was kept of a run that was stopped.
 
     Raises:
-        UserError: bad options or input, a source without rows, an `out` that cannot be written or is of other
-        settings or input, a split of which nothing could be used, or a worker that was ended from outside.
+        UserError: bad options or input, a source without rows, an `out` that cannot be written, is written by another
+        run or is of other settings or input, a split of which nothing could be used, or a worker that was ended from
+        outside.
     """
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
@@ -107,249 +76,131 @@ def build(
     check_apart(table.input(), out)
     if not table.splits():
         raise UserError(f"--source {source}: {input or 'it'} has no rows")
-    settings = {
-        "source": {
-            "name": source,
-            "input": _identity(table.input()),
-            "options": source_options(source) | {name: str(value) for name, value in (options or {}).items()},
-        },
-        "samples_per_shard": samples_per_shard,
-        "text_only": text_only,
-    }
-    splits = table.splits() if split == "all" else [split]
     if split != "all" and split not in table.splits():
         raise UserError(f"--split {split}: the source has {', '.join(table.splits())}")
-    try:
-        finished = _finished_splits(out, settings)
-        _remove_unfinished(out)
-        written = {name: _build_split(table, out, name, workers, samples_per_shard, text_only) for name in splits}
-        manifest = write_manifest(out, {**settings, "splits": {**finished, **written}})
-        _remove_stale_tars(out, manifest)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error})") from None
-    return manifest
-
-
-def _identity(input: Input) -> str | list[dict[str, Any]] | None:
-    """What a manifest says of an input: of files their names, sizes and hashes, so that equal ones give equal bytes."""
-    if not isinstance(input, dict):
-        return input
-    entries = []
-    try:
-        sizes = {name: path.stat().st_size for name, path in sorted(input.items())}
-        with tqdm(total=sum(sizes.values()), desc="input", unit="B", unit_scale=True, delay=1) as progress:
-            for name, size in sizes.items():
-                entries.append({"name": name, "bytes": size, "sha256": sha256(input[name], progress.update)})
-    except OSError as error:
-        raise UserError(f"--input: cannot be read ({error})") from None
-    return entries
-
-
-def _finished_splits(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run left in `out`, which is made if it is not there."""
+    settings = {"samples_per_shard": samples_per_shard, "text_only": text_only, "leaked": leaked}
+    made = made_from(table, options or {}, **settings)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
-    if not (out / "manifest.json").exists():
-        return {}
-    manifest = read_manifest(out)
-    if difference := _difference(manifest, settings):
-        raise UserError(f"--out {out} was made {difference}; choose another folder")
-    return manifest["splits"]
-
-
-def _difference(made: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """In which way a folder was made other than is wanted now, None if in none."""
-    before, now = made["source"], wanted["source"]
-    options = [f"source option {name}" for name in now["options"]]
-    pairs = [
-        *((name, made[name], wanted[name]) for name in ("samples_per_shard", "text_only")),
-        ("source", before["name"], now["name"]),
-        *zip(options, map(before["options"].get, now["options"]), now["options"].values(), strict=True),
-    ]
-    for name, there, here in pairs:
-        if there != here:
-            return f"with {name} {there}, not {here}"
-    if before["input"] == now["input"]:
-        return None
-    if not isinstance(before["input"], list) or not isinstance(now["input"], list):
-        there, here = ("files" if isinstance(input, list) else input for input in (before["input"], now["input"]))
-        return f"from the input {there}, not {here}"
-    changes = list(_changes(before["input"], now["input"]))
-    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return f"from another input: {', '.join(changes[:3])}{more}"
-
-
-def _changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
-    """What became of each file of an input that is not as it was."""
-    there, here = ({entry["name"]: entry for entry in entries} for entries in (before, now))
-    for name in sorted(there.keys() | here.keys()):
-        if name not in here:
-            yield f"{name} is missing now"
-        elif name not in there:
-            yield f"{name} is new"
-        elif there[name]["bytes"] != here[name]["bytes"]:
-            yield f"{name} has {here[name]['bytes']} bytes now, not {there[name]['bytes']}"
-        elif there[name] != here[name]:
-            yield f"{name} has other content now"
-
-
-def _build_split(
-    table: Source, out: Path, split: str, workers: int, samples_per_shard: int, text_only: TextOnly
-) -> dict[str, Any]:
-    """Write one split's tars, index and rejects; return its part of the manifest."""
-    rows = table.rows(split)
-    starts = range(0, rows, samples_per_shard)
-    shards = [
-        Shard(out, split, number, range(start, min(start + samples_per_shard, rows)), text_only)
-        for number, start in enumerate(starts)
-    ]
-    results = []
-    # Closed also where an interrupt comes between two results: the workers are not to wait for the traceback's end.
-    with (
-        contextlib.closing(_write_all(table, shards, workers)) as writing,
-        tqdm(total=rows, desc=split, unit=" rows") as progress,
-    ):
-        for shard, result in zip(shards, writing, strict=True):
-            results.append(result)
-            progress.update(len(shard.rows))
-
-    left_out = [line for result in results for line in result.left_out]
-    lines = [json.dumps(line, sort_keys=True) + "\n" for line in left_out]
-    write_atomic(out / f"{split}.rejects.jsonl", "".join(lines))
-    reasons = Counter(line["reason"].partition(":")[0] for line in left_out)
-    samples = sum(result.entry["samples"] for result in results)
-    if not samples:
-        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "it has no rows"
-        raise UserError(f"nothing of the split {split} could be used: {why} (see {out / split}.rejects.jsonl)")
-
-    index = out / f"{split}.index.npy"
-    write_index(index, np.concatenate([result.records for result in results]))
-    return {
-        "shards": [result.entry for result in results],
-        "index": {"name": index.name, "sha256": sha256(index)},
-        "samples": samples,
-        "counts": {
-            "without_image": sum(result.without_image for result in results),
-            "without_rationale": sum(result.without_rationale for result in results),
-            "repeated_ids": samples - len({id for result in results for id in result.ids}),
-            "skipped": reasons.pop(_SKIPPED, 0),
-            "rejected": dict(sorted(reasons.items())),
-        },
-    }
-
-
-def _write_all(table: Source, shards: list[Shard], workers: int) -> Generator[Written, None, None]:
-    """Write the shards, in this process or in `workers` others; results come in the shards' order."""
-    if workers == 1:
-        yield from map(functools.partial(write_shard, table), shards)
-        return
-    # Not forked: the caller may have threads.
-    context = multiprocessing.get_context("spawn")
-    # Nothing is sent. Only this process holds the second end, so its death, too, tells the workers to end.
-    told, end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(table, told))
     try:
-        yield from pool.map(_write_in_worker, shards)
-        pool.shutdown()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was ended from outside, by a signal or for want of memory;"
-            " start the same command again, with fewer --workers if memory is short"
-        ) from None
-    finally:
-        end.close()
-        pool.shutdown(cancel_futures=True)
-        told.close()
-        for shard in shards:  # what workers were writing as they ended
-            temporary_path(shard.folder / shard.name).unlink(missing_ok=True)
+        with locked(out) as lock:
+            try:
+                return _Build(table, out, made, workers, lock, say).run(table.splits() if split == "all" else [split])
+            finally:
+                remove_unfinished(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            kept = "finished shards are kept: make room and start the same command again"
+            raise UserError(f"--out {out}: no space left on the device; {kept}") from None
+        raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
-_worker_table: Source
+@dataclass
+class _Build:
+    """One run's work on a folder that is locked."""
 
+    table: Source
+    out: Path
+    made_from: MadeFrom
+    workers: int
+    lock: Connection
+    say: Callable[[str], object]
 
-def _start_worker(table: Source, told: Connection) -> None:
-    global _worker_table
-    _worker_table = table
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which then ends the pool
-    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
+    def run(self, wanted: list[str]) -> dict[str, Any]:
+        """Make the splits `wanted`; returns the manifest of all."""
+        self.fingerprint = fingerprint(self.made_from)
+        settled = recover(self.out, self.fingerprint)
+        older = self._older_manifest()
+        self.older = older.get("splits", {})
+        if settled and self.older.keys() >= set(wanted):
+            self.say("an earlier run had finished all of it; put in place")
+            return older
+        self._check_held_out(wanted)
+        publishing(self.out).mkdir(parents=True, exist_ok=True)
+        self.shards: dict[str, list[Shard]] = {}
+        self.new: dict[str, dict[str, Any]] = {}
+        self._make(wanted)
 
+        older_rejects = older and check_unchanged(self.out / REJECTS, older["rejects"]["sha256"])
+        rejects = write_rejects(publishing(self.out) / REJECTS, self.shards, older_rejects or None)
+        splits = {split: part for split in SPLITS if (part := self.new.get(split) or self.older.get(split))}
+        count_duplicates(splits, {split: self._index(split) for split in splits})
+        self._check_dropped(splits)
+        shards = (shard for made in self.shards.values() for shard in made)
+        manifest = settle(self.out, shards, {**self.made_from, "splits": splits, "rejects": rejects})
+        tidy(self.out, self.fingerprint)
+        return manifest
 
-def _end_when_told(told: Connection) -> None:
-    told.poll(None)  # until the other end is closed
-    os._exit(1)
+    def _older_manifest(self) -> dict[str, Any]:
+        """The manifest of the splits that are there already, empty without any."""
+        if not (self.out / "manifest.json").exists():
+            return {}
+        manifest = read_manifest(self.out)
+        if found := difference(manifest, self.made_from):
+            raise UserError(f"--out {self.out} was made {found}; choose another folder")
+        return manifest
 
+    def _check_held_out(self, wanted: list[str]) -> None:
+        """Whether a training example is dropped must not depend on which split was made first."""
+        there = {*wanted, *self.older}
+        missing = [split for split in self.table.splits() if split in _HELD_OUT and split not in there]
+        if self.made_from["leaked"] == "drop" and "train" in wanted and missing:
+            told = f"--leaked drop: {self.out} has no {' and no '.join(missing)} yet to compare train with"
+            raise UserError(f"{told}; make that first with --split, or all splits at once")
 
-def _write_in_worker(shard: Shard) -> Written:
-    return write_shard(_worker_table, shard)
+    def _make(self, wanted: list[str]) -> None:
+        """Make and assemble the splits, held-out ones first."""
+        rows = {split: self.table.rows(split) for split in wanted}
+        kept = 0
+        with (
+            tqdm(total=sum(rows.values()), unit=" rows") as bar,
+            crew(functools.partial(make_shard, self.table), self.workers, bar, self.lock) as work,
+        ):
+            for split in sorted(wanted, key=(*_HELD_OUT, "train").index):
+                bar.set_description(split)
+                shards = self.shards[split] = self._shards(split, rows[split])
+                for was_there in work(shards):
+                    kept += was_there
+                    if was_there:
+                        bar.set_postfix_str(f"kept {kept} shards")
+                self.new[split] = assemble(split, shards, publishing(self.out))
+        if kept:
+            total = sum(map(len, self.shards.values()))
+            self.say(f"kept {kept} of {total} shards, verified, of a run that was stopped; made {total - kept}")
 
+    def _shards(self, split: str, rows: int) -> list[Shard]:
+        made_from, held_out = self.fingerprint, []
+        if split == "train" and self.made_from["leaked"] == "drop":
+            for other in _HELD_OUT:
+                if part := self.new.get(other) or self.older.get(other):
+                    digests = self.out / PARTS / f"questions-of-{other}"
+                    write_sorted(digests, digests_of(self._index(other), "question"), part["samples"])
+                    held_out.append((other, digests))
+                    made_from += f"+{part['index']['sha256']}"
+        size, text_only = self.made_from["samples_per_shard"], self.made_from["text_only"]
+        return [
+            Shard(
+                self.out / PARTS, split, number, range(start, min(start + size, rows)),
+                text_only, made_from, tuple(held_out),
+            )
+            for number, start in enumerate(range(0, rows, size))
+        ]  # fmt: skip
 
-def write_shard(table: Source, shard: Shard) -> Written:
-    """Write one tar, then read it back for the index."""
-    path = shard.folder / shard.name
-    written = Written()
-    with atomic_path(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, example in _examples(table, shard, written):
-                key = f"{row:09d}"
-                _add_member(tar, f"{key}.json", example.to_json())
-                if example.image is not None:
-                    _add_member(tar, f"{key}.{image_extension(example.image)}", example.image)
-                written.without_image += example.image is None
-                written.without_rationale += not example.rationale.strip()
-                written.ids.append(example.id)
-        written.records = scan_tar(temporary, shard.number)
-        assert len(written.records) == len(written.ids)
-        written.entry = {
-            "name": shard.name,
-            "bytes": temporary.stat().st_size,
-            "sha256": sha256(temporary),
-            "samples": len(written.ids),
-            "index_sha256": hashlib.sha256(written.records.tobytes()).hexdigest(),
-        }
-    return written
+    def _index(self, split: str) -> Path:
+        """A split's index, whether it is new or was there."""
+        if split in self.new:
+            return publishing(self.out) / self.new[split]["index"]["name"]
+        index = self.older[split]["index"]
+        return check_unchanged(self.out / index["name"], index["sha256"])
 
-
-def _examples(table: Source, shard: Shard, written: Written) -> Iterator[tuple[int, Example]]:
-    """The usable Examples of a shard's rows; the others are noted in `written`."""
-    for row in shard.rows:
-        try:
-            example = table.example(shard.split, row)
-            example.validate()
-        except (Rejected, InvalidExample) as error:
-            id, reason = (error.id, error.reason) if isinstance(error, Rejected) else (example.id, str(error))
-            written.left_out.append(_reject_line(table, shard, row, id, reason))
-            continue
-        if example.image is None and shard.text_only == "skip":
-            written.left_out.append(_reject_line(table, shard, row, example.id, _SKIPPED))
-            continue
-        yield row, example
-
-
-def _reject_line(table: Source, shard: Shard, row: int, id: str, reason: str) -> dict[str, Any]:
-    return {"source": table.name, "split": shard.split, "row": row, "id": str(id), "reason": reason}
-
-
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its defaults: time 0, owner 0, mode 0644
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def _remove_unfinished(out: Path) -> None:
-    """What a killed run was writing; `out` is for one run at a time."""
-    for path in out.iterdir():
-        if re.fullmatch(rf"({'|'.join(SPLITS)})(-[0-9]{{6}}\.tar|\.index\.npy|\.rejects\.jsonl)\.tmp", path.name):
-            path.unlink()
-
-
-def _remove_stale_tars(out: Path, manifest: dict[str, Any]) -> None:
-    """A reader that takes SPLIT-*.tar must not find the tars of an earlier, longer run."""
-    current = {shard["name"] for part in manifest["splits"].values() for shard in part["shards"]}
-    for path in out.iterdir():
-        if re.fullmatch(rf"({'|'.join(SPLITS)})-[0-9]{{6}}\.tar", path.name) and path.name not in current:
-            path.unlink()
+    def _check_dropped(self, splits: dict[str, dict[str, Any]]) -> None:
+        """Held-out splits that are made again from pictures that were changed may ask what train keeps."""
+        also_in = splits["train"]["counts"]["also_in"] if "train" in splits else {}
+        if self.made_from["leaked"] == "drop" and any(also_in.values()):
+            told = f"--leaked drop: train in {self.out} holds questions of the splits made now"
+            raise UserError(f"{told}; make all splits again")
 
 
 def summary(out: Path, manifest: dict[str, Any]) -> Iterable[str]:
@@ -360,41 +211,70 @@ def summary(out: Path, manifest: dict[str, Any]) -> Iterable[str]:
         yield (
             f"{split}: {part['samples']} samples in {len(part['shards'])} shards, {size / 1e6:.1f} MB"
             f" ({counts['without_image']} without image, {counts['without_rationale']} without rationale,"
-            f" {counts['repeated_ids']} repeated ids); skipped {counts['skipped']},"
-            f" rejected {sum(counts['rejected'].values())}"
+            f" {counts['repeated_ids']} repeated ids, {counts['duplicates']} duplicates);"
+            f" of {counts['rows']} rows skipped {counts['skipped']}, rejected {sum(counts['rejected'].values())}"
         )
         for reason, count in counts["rejected"].items():
             yield f"  rejected {count}: {reason}"
+        if split == "train":
+            yield from _leaks(counts["also_in"])
+    if manifest["rejects"]["rows"]:
+        yield f"{manifest['rejects']['rows']} rows are not in the tars: see {out / REJECTS}"
     yield f"written to {out}"
+
+
+def _leaks(also_in: dict[str, int]) -> Iterable[str]:
+    """Warnings that training examples are asked later."""
+    for split, count in also_in.items():
+        if count:
+            told = f"{count} of train are {ALSO_IN.format(split)}, by question and image"
+            yield f"  {told} (--leaked drop leaves them out)"
 
 
 def main(
     *,
-    source: str,
     out: Path,
+    source: str | None = None,
     input: str | None = None,
     split: SplitOrAll = "all",
     workers: int = 1,
     samples_per_shard: int = 1000,
     text_only: TextOnly = "keep",
+    leaked: Leaked = "keep",
+    verify: bool = False,
     **options: str,
 ) -> None:
-    """Turn a source into WebDataset tars with an index.
+    """Turn a source into WebDataset tars with an index; or check such a folder with --verify.
 
     Sources: m3cot and scienceqa (--input: a hub id, or a folder of parquet files; scienceqa also its original
     problems.json), jsonl (your own: --input FILE.jsonl), webdataset (--input: a tar or a folder of tars), and trails
     (generated), with options of its own: --grid --cell --hops --colours --mix --seed --train --val --test (see
     data_prep/sources/trails.py).
 
+    A run that was stopped goes on with the same command: finished shards are checked and kept. What cannot be used
+    is in OUT/rejects.jsonl with its reason. --leaked drop leaves out training examples whose question and image are
+    in test or val, too; these splits are then made before train, or with it.
+
+    --verify --out OUT [--workers N] recomputes every hash of a folder and names what disagrees (exit status 2).
+
     Example: python -m data_prep.shard --source trails --train 2000 --val 100 --test 100 --out data/trails
     """
+    if verify:
+        given = {"source": source, "input": input, **options}
+        if stray := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise UserError(f"--verify takes --out and --workers, not {', '.join(stray)}")
+        with cli.terminated_as_interrupted():
+            print(check_folder(out, workers))
+        return
+    if source is None:
+        raise UserError("--source is missing")
     own = [name for name in inspect.signature(main).parameters if name != "options"]
     if problems := cli.unknown_options(options, [*own, *source_options(source)]):
         raise UserError(*problems)
     with cli.terminated_as_interrupted():
         manifest = build(
-            source, out, input=input, options=options, split=split,
-            workers=workers, samples_per_shard=samples_per_shard, text_only=text_only,
+            source, out, input=input, options=options, split=split, workers=workers,
+            samples_per_shard=samples_per_shard, text_only=text_only, leaked=leaked, say=print,
         )  # fmt: skip
     for line in summary(out, manifest):
         print(line)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from data_prep import cli, shard
 from data_prep.errors import UserError
+from data_prep.files import sha256
 from data_prep.index import read_manifest
 from data_prep.reader import open_split
 from data_prep.shard import build
@@ -64,8 +66,8 @@ def test_tar_members_are_anonymous(trails: Path) -> None:
     assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in members} == {(0, 0, 0, 0o644, "", "")}
 
 
-def rejects(folder: Path, split: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{split}.rejects.jsonl").read_text().splitlines()]
+def rejects(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -75,11 +77,14 @@ def test_rejects(m3cot_folder: Path, tmp_path: Path, workers: int) -> None:
     part = manifest["splits"]["train"]
     assert part["samples"] == 4
     assert part["counts"] == {
-        "without_image": 1, "without_rationale": 0, "repeated_ids": 0, "skipped": 0,
-        "rejected": {"image cannot be decoded": 1, "no answer": 1},
+        "rows": 6, "without_image": 1, "without_rationale": 0, "repeated_ids": 0, "skipped": 0,
+        "rejected": {"image cannot be decoded": 1, "no answer": 1}, "duplicates": 0, "also_in": {"val": 0, "test": 0},
     }  # fmt: skip
-    assert [(line["id"], line["row"]) for line in rejects(out, "train")] == [("topic-1", 1), ("topic-2", 2)]
-    assert all(line["source"] == "m3cot" and line["split"] == "train" for line in rejects(out, "train"))
+    told = [(line["id"], line["row"], line["key"]) for line in rejects(out)]
+    assert told == [("topic-1", 1, "000000001"), ("topic-2", 2, "000000002")]
+    assert all(line.keys() == {"source", "split", "key", "row", "id", "reason"} for line in rejects(out))
+    assert all(line["source"] == "m3cot" and line["split"] == "train" for line in rejects(out))
+    assert manifest["rejects"] == {"name": "rejects.jsonl", "rows": 2, "sha256": sha256(out / "rejects.jsonl")}
     index = open_split(out, "train")
     assert [index.key(i) for i in range(4)] == ["000000000", "000000003", "000000004", "000000005"]
     assert [index.read(i).image is None for i in range(4)] == [False, True, False, False]
@@ -93,14 +98,17 @@ def test_text_only_questions_can_be_skipped(scienceqa_folder: Path, tmp_path: Pa
     part = manifest["splits"]["train"]
     assert (part["samples"], part["counts"]["skipped"]) == (1, 1)
     assert part["counts"]["rejected"] == {"image file cannot be read": 1}
-    assert rejects(tmp_path / "out", "train")[0]["reason"] == "no image (text_only=skip)"
+    assert rejects(tmp_path / "out")[0]["reason"] == "no image (text_only=skip)"
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in" / "test.parquet", [m3cot_row(0, answer="Z"), m3cot_row(1, question="")])
-    with pytest.raises(UserError, match="nothing of the split test could be used: 1 x answer outside the choices"):
+    told = r"nothing of the split test could be used: 1 x answer outside the choices, 1 x no question \(see (.*)\)"
+    with pytest.raises(UserError, match=told) as caught:
         build("m3cot", tmp_path / "out", input=str(tmp_path / "in"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+    match = re.search(told, str(caught.value))
+    assert match and len(Path(match[1]).read_text().splitlines()) == 2
 
 
 def test_odd_unicode_is_a_reject_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +116,7 @@ def test_odd_unicode_is_a_reject_like_any_other(tmp_path: Path, capsys: pytest.C
     rows = [good | {"id": "a"}, good | {"id": "\ud800"}, good | {"id": "b", "\ud800": "x"}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cli.run(shard.main, ["--source=jsonl", f"--input={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'out'}"])
-    assert len(rejects(tmp_path / "out", "train")) == 2
+    assert len(rejects(tmp_path / "out")) == 2
     assert "rejected 1: id not valid Unicode" in capsys.readouterr().out
 
 
@@ -206,24 +214,15 @@ def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
             build("trails", Path("/sys"), options=TRAILS, workers=2)
 
 
-def test_what_a_killed_run_was_writing_goes_away(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    names = ["train-000007.tar.tmp", "test-000000.tar.tmp", "val.index.npy.tmp", "train.rejects.jsonl.tmp"]
-    for name in [*names, "notes.tmp"]:
-        (tmp_path / "parts" / name).write_text("half")
-    build("trails", tmp_path / "parts", options=TRAILS, split="val")
-    assert [path.name for path in (tmp_path / "parts").glob("*.tmp")] == ["notes.tmp"]
-
-
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The command at work with two workers, which would go on for many minutes."""
-    words = ["--source=trails", "--train=500000", "--samples_per_shard=100000", "--workers=2"]
+    words = ["--source=trails", "--train=500000", "--val=0", "--test=0", "--samples_per_shard=100000", "--workers=2"]
     command = [sys.executable, "-m", "data_prep.shard", *words, f"--out={tmp_path / 'out'}"]
     heed_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores them
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
         deadline = time.monotonic() + 60
-        while len(list((tmp_path / "out").glob("*.tar.tmp"))) < 2 and time.monotonic() < deadline:
+        while len(list((tmp_path / "out").rglob("*.tar.tmp"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         helpers = psutil.Process(process.pid).children(recursive=True)
         yield process
@@ -243,7 +242,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """Exit status, and what it said beside its progress."""
     _, said = process.communicate(timeout=30)
     lines = said.replace("\r", "\n").splitlines()
-    return process.returncode, [line for line in lines if line and "rows/s]" not in line]
+    return process.returncode, [line for line in lines if line and not re.match(r"(train: +| +)?\d+%", line)]
 
 
 def test_workers_end_with_a_killed_command(running: subprocess.Popen[str]) -> None:
@@ -257,7 +256,7 @@ def test_an_interrupted_command_cleans_up(
 ) -> None:
     running.send_signal(number)
     assert end_of(running) == (status, ["error: interrupted"])
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_a_killed_worker(running: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -265,21 +264,11 @@ def test_a_killed_worker(running: subprocess.Popen[str], tmp_path: Path) -> None
     status, said = end_of(running)
     assert status == 2 and len(said) == 1
     assert said[0].startswith("error: a worker process was ended from outside")
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--source",
-        "trails",
-        "--out",
-        str(tmp_path / "out"),
-        "--train=12",
-        "--val=3",
-        "--test=3",
-        "--grid",
-        "3",
-    ]
+    words = ["--source", "trails", "--out", str(tmp_path / "out"), "--train=12", "--val=3", "--test=3", "--grid", "3"]
     cli.run(shard.main, [*words, "--samples-per-shard", "5"])
     shown = capsys.readouterr().out
     assert "train: 12 samples in 3 shards" in shown

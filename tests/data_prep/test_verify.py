@@ -1,0 +1,129 @@
+"""Every byte of a finished folder is held by a hash, and --verify names what disagrees."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import cli, shard
+from data_prep.errors import UserError
+from data_prep.files import sha256
+from data_prep.index import read_manifest, write_manifest
+from data_prep.reader import open_split
+from data_prep.verify import check_folder
+
+
+def found(folder: Path, workers: int = 1) -> list[str]:
+    told: list[str] = []
+    try:
+        check_folder(folder, workers, told.append)
+    except UserError as error:
+        if "disagreement" not in str(error):
+            raise
+        assert f"{len(told)} disagreement" in str(error)
+    return told
+
+
+def change(path: Path, at: int, byte: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] = content[at] ^ 1 if byte is None else byte
+    path.write_bytes(content)
+
+
+def edit(folder: Path, edited: Callable[[dict[str, Any]], None]) -> None:
+    manifest = read_manifest(folder)
+    edited(manifest)
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_disagreements_are_named(trails: Path, workers: int) -> None:
+    record = open_split(trails, "train").records[12]
+    change(trails / "train-000001.tar", int(record["image_offset"]) + 100)
+    (trails / "val-000000.tar").write_bytes((trails / "val-000000.tar").read_bytes()[:2000])
+    change(trails / "train.index.npy", -5)
+    (trails / "rejects.jsonl").write_text("{}\n")
+    (trails / "test-000000.tar").unlink()
+    shutil.copy(trails / "train-000000.tar", trails / "train-000007.tar")
+    told = found(trails, workers)
+    assert told[:4] == [
+        "train-000007.tar: is not in the manifest",
+        "rejects.jsonl: is not as it was written",
+        "train.index.npy: is not as it was written",
+        "train-000001.tar: is not as it was written",
+    ]
+    assert told[4:6] == [
+        "train-000001.tar: 000000012: its content is not as it was written",
+        "train.index.npy: the part of train-000002.tar is not as it was written",
+    ]
+    assert told[6].startswith("val-000000.tar: has 2000 bytes, not")
+    assert "val-000000.tar: 000000003: its content is not as it was written" in told
+    assert told[-1] == "test-000000.tar: cannot be read (No such file or directory)"
+
+
+def test_any_changed_byte_is_found(trails: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    assert found(trails) == []
+    for path in sorted(trails.iterdir()):
+        for _ in range(3 if path.stat().st_size else 0):
+            copy = tmp_path / "copy"
+            shutil.copytree(trails, copy)
+            change(copy / path.name, draw.randrange(path.stat().st_size))
+            try:
+                assert any(line.startswith(path.name) for line in found(copy))
+            except UserError as error:
+                assert path.name == "manifest.json" and "manifest.json" in str(error)
+            shutil.rmtree(copy)
+
+
+def test_a_manifest_that_fits_a_wrong_index(trails: Path) -> None:
+    """Hashes of samples are looked at, not those of files alone."""
+    path = trails / "test.index.npy"
+    records = np.load(path)
+    records["question"][2] = records["question"][1]
+    np.save(path, records)
+
+    def fit(manifest: dict[str, Any]) -> None:
+        part = manifest["splits"]["test"]
+        part["index"]["sha256"] = sha256(path)
+        part["shards"][0]["index_sha256"] = hashlib.sha256(records.tobytes()).hexdigest()
+
+    edit(trails, fit)
+    assert found(trails) == ["test-000000.tar: 000000002: its question's hash is not that of the index"]
+
+
+def test_a_manifest_whose_figures_disagree(trails: Path) -> None:
+    def edited(manifest: dict[str, Any]) -> None:
+        manifest["splits"]["val"]["counts"]["rows"] += 1
+        manifest["splits"]["test"]["shards"][0]["samples"] -= 1
+        del manifest["rejects"]
+
+    edit(trails, edited)
+    told = found(trails)
+    assert "manifest.json: samples and rejects of val are not its rows" in told
+    assert "manifest.json: the shards of test do not add up" in told
+    assert "manifest.json: names no file of rejects" in told
+
+
+def test_command(trails: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(shard.main, ["--verify", "--out", str(trails)])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 and shown[0].startswith(f"{trails}: all of 34 samples in 5 shards")
+    (trails / "train-000000.tar").unlink()
+    for words, told in (
+        (["--out", str(trails)], f"error: {trails}: 1 disagreement, listed above"),
+        (["--out", str(tmp_path / "none")], f"error: the shard folder {tmp_path / 'none'} is not there"),
+        (["--out", str(trails), "--source", "trails"], "error: --verify takes --out and --workers, not --source"),
+        (["--out", str(trails), "--workers", "0"], "error: --workers: expected 1 or more"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.run(shard.main, ["--verify", *words])
+        assert caught.value.code == 2
+        assert [line for line in capsys.readouterr().err.splitlines() if "%|" not in line][-1].startswith(told)
