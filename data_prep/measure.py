@@ -6,6 +6,7 @@ asked for.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.assemble import REJECTS
 from data_prep.errors import UserError
-from data_prep.example import HASH_BYTES, Example
+from data_prep.example import Example
 from data_prep.files import parse_json
 from data_prep.index import read_manifest
 from data_prep.reader import BadSample, ShardIndex, open_split
@@ -26,10 +28,8 @@ Counts = Counter[int]
 """Value -> how often"""
 NAMED = 20
 """Most bad samples of a split that are named."""
-REJECTS = 3
+SHOWN = 3
 """Rejects that are shown of each reason in each split."""
-PART = 2**20
-"""Index records looked at, and hashes compared, at once."""
 ODD = 4
 """Standard errors from chance above which the position of right answers is worth a look."""
 LONGEST_LINE = 2**20
@@ -128,6 +128,8 @@ def open_folder(location: str) -> Folder:
             continue
         size = sum(shard["bytes"] for shard in part["shards"])
         folder.splits[name] = SplitMeasure(name, part["samples"], len(part["shards"]), size, part["counts"])
+        folder.duplicates[name] = part["counts"].get("duplicates", 0)
+        folder.also_in |= {(name, other): count for other, count in part["counts"].get("also_in", {}).items()}
     if not folder.indexes:
         raise UserError(*(folder.broken or [f"{location} has no split"]))
     return folder
@@ -168,53 +170,16 @@ def measure_rows(index: ShardIndex, split: SplitMeasure, rows: int, count: Calla
             split.add_bad(f"{index.key(position)}: {error}")
 
 
-def count_duplicates(folder: Folder) -> None:
-    """Fill in `duplicates` and `also_in`, from the manifest where it has them, else from the index's hashes."""
-    counts = {name: split.counts for name, split in folder.splits.items()}
-    if all("duplicates" in part and "also_in" in part for part in counts.values()):
-        folder.duplicates = {name: part["duplicates"] for name, part in counts.items()}
-        folder.also_in = {(name, other): n for name, part in counts.items() for other, n in part["also_in"].items()}
-        return
-    folder.duplicates = dict.fromkeys(folder.indexes, 0)
-    folder.also_in = {(one, other): 0 for one in folder.indexes for other in folder.indexes if one != other}
-    buckets = -(-sum(map(len, folder.indexes.values())) // PART)
-    for bucket in range(buckets):  # hashes are as good as random, so a bucket has about `PART` of them
-        hashes = {name: np.sort(_hashes(index, bucket, buckets)) for name, index in folder.indexes.items()}
-        unique = {name: np.unique(part) for name, part in hashes.items()}
-        for name, part in hashes.items():
-            folder.duplicates[name] += len(part) - len(unique[name])
-            for other in hashes:
-                if other != name:
-                    folder.also_in[name, other] += int(np.isin(part, unique[other]).sum())
-
-
-def _hashes(index: ShardIndex, bucket: int, buckets: int) -> np.ndarray:
-    """(samples of the bucket,) question hashes, as something that numpy can sort."""
-    found = []
-    for start in range(0, len(index), PART):
-        part = np.ascontiguousarray(index.records["question"][start : start + PART])
-        first = part.view("<u4").reshape(len(part), HASH_BYTES // 4)[:, 0]
-        found.append(part[first % buckets == bucket])
-    # a byte behind each: numpy's bytes, which it can sort, lose zeros at their end
-    parts = np.concatenate([np.zeros(0, f"V{HASH_BYTES}"), *found])
-    marked = np.empty(len(parts), [("hash", parts.dtype), ("mark", "u1")])
-    marked["hash"], marked["mark"] = parts, 1
-    return marked.view(f"S{HASH_BYTES + 1}")
-
-
 def read_rejects(folder: Folder) -> Iterator[dict[str, str]]:
     """The first rejects of each split and reason, as texts; none where the files are gone or hold something else."""
     seen = Counter[tuple[str, str]]()
-    for name in ("rejects.jsonl", *(f"{split}.rejects.jsonl" for split in folder.manifest["splits"])):
-        try:
-            for line in _lines(folder.location, name):
-                entry = {key: str(value) for key, value in _entry(line).items()}
-                kind = (entry.get("split", ""), entry.get("reason", "").partition(":")[0])
-                seen[kind] += 1
-                if entry and seen[kind] <= REJECTS:
-                    yield entry
-        except (OSError, UserError):  # not there, or out of reach: the manifest has the counts
-            continue
+    with contextlib.suppress(OSError, UserError):  # not there, or out of reach: the manifest has the counts
+        for line in _lines(folder.location, REJECTS):
+            entry = {key: str(value) for key, value in _entry(line).items()}
+            kind = (entry.get("split", ""), entry.get("reason", "").partition(":")[0])
+            seen[kind] += 1
+            if entry and seen[kind] <= SHOWN:
+                yield entry
 
 
 def _lines(location: str, name: str) -> Iterator[bytes]:

@@ -16,7 +16,6 @@ from data_prep.html_parts import clean, percent, plural
 from data_prep.measure import (
     ODD,
     Folder,
-    count_duplicates,
     measure_index,
     measure_rows,
     open_folder,
@@ -109,7 +108,6 @@ def make_report(
         measure_index(index, folder.splits[split])
         measure_rows(index, folder.splits[split], rows, count)
         report.gallery += pick(index, samples, seed, preview)
-    count_duplicates(folder)
     folder.rejects = list(read_rejects(folder))
     if preview is not None and train is not None:
         report.stages = preview.measure(train, rows, ranks)
