@@ -226,6 +226,7 @@ def first_batches(large: Path, words: Path) -> dict[str, Any]:
 
 def first_batch(large: Path, words: Path, place: int) -> tuple[float, int]:
     """Seconds, and bytes that this process has more than before; `place` in percent of an epoch."""
+    multiprocessing.set_start_method("fork", force=True)  # as training has it; spawned processes spawn theirs
     builder = RowBuilder(Qwen2VLProcessor(words), PromptConfig(), 2)
     curriculum = CurriculumConfig(stages=[StageConfig(latents=1, skip=1, epochs=1)])
     before, start = own_memory(), time.perf_counter()
