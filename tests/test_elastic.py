@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.index import open_split
+from data_prep.reader import open_split
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.loader import Share, StageSteps
