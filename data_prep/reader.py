@@ -136,7 +136,8 @@ class ShardIndex:
 def open_split(folder: Location, split: str, cache_gb: float | None = None) -> ShardIndex:
     """Open one split of a shard folder after checking that its files are there and of the right size.
 
-    Behind a URL, a tar is looked at when it is read; cache_gb: room for what comes from there (`data_prep.cache`).
+    Behind a URL, a tar is looked at when it is read; cache_gb: room for what comes from there
+    (`data_prep.storage.cache`).
 
     Raises:
         UserError: something disagrees or is out of reach; the line says what, and what to do.

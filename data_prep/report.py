@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep import cli, report_html
+from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from data_prep.gallery import LETTERS, Sample, pick
-from data_prep.html_parts import clean, percent, plural
-from data_prep.measure import (
+from data_prep.reporting.gallery import LETTERS, Sample, pick
+from data_prep.reporting.html import clean, percent, plural
+from data_prep.reporting.measure import (
     ODD,
     Folder,
     measure_index,
@@ -23,6 +23,7 @@ from data_prep.measure import (
     read_rejects,
     z_score,
 )
+from data_prep.reporting.page import page
 
 if TYPE_CHECKING:
     from pipeline.preview import Preview
@@ -232,7 +233,7 @@ def main(
     with cli.terminated_as_interrupted():
         report = make_report(data, recipes, options, sample, gallery, seed, ranks)
         try:
-            write_atomic(place, report_html.page(report))
+            write_atomic(place, page(report))
         except OSError as error:
             raise UserError(f"--out {place}: cannot be written ({error.strerror or error})") from None
     for line in summary(report):

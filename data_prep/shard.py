@@ -2,7 +2,7 @@
 
 Shard k of a split holds the source's rows k*S to (k+1)*S-1, so the files do not depend on the number of workers, and a
 second run writes the same bytes. A run that was stopped, however, goes on from the shards that it had finished
-(`data_prep.parts`); until all of them are there, an older folder stays as it was (`data_prep.publish`).
+(`data_prep.making.parts`); until all of them are there, an older folder stays as it was (`data_prep.making.publish`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any, Literal
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from data_prep import cli
-from data_prep.assemble import REJECTS, assemble, check_unchanged, count_duplicates, write_rejects
-from data_prep.crew import crew
-from data_prep.duplicates import digests_of, write_sorted
 from data_prep.errors import UserError
 from data_prep.index import read_manifest
-from data_prep.made_from import MadeFrom, difference, fingerprint, made_from
-from data_prep.parts import ALSO_IN, PARTS, Shard, TextOnly, make_shard
-from data_prep.publish import locked, publishing, recover, remove_unfinished, settle, tidy
+from data_prep.making.assemble import REJECTS, assemble, check_unchanged, count_duplicates, write_rejects
+from data_prep.making.crew import crew
+from data_prep.making.duplicates import digests_of, write_sorted
+from data_prep.making.made_from import MadeFrom, difference, fingerprint, made_from
+from data_prep.making.parts import ALSO_IN, PARTS, Shard, TextOnly, make_shard
+from data_prep.making.publish import locked, publishing, recover, remove_unfinished, settle, tidy
+from data_prep.making.verify import check_folder
 from data_prep.sources import SPLITS, Source, open_source, source_options
 from data_prep.sources.folders import check_apart
-from data_prep.verify import check_folder
 
 SplitOrAll = Literal["all", "train", "val", "test"]
 Leaked = Literal["keep", "drop"]

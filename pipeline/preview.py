@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from data_prep.errors import UserError
 from data_prep.example import Example
-from data_prep.measure import spread
 from data_prep.reader import BadSample, ShardIndex
+from data_prep.reporting.measure import spread
 from data_prep.steps import merge_steps, split_steps
 from data_prep.tokenizer import train_tokenizer, training_texts
 from pipeline.backbones import BACKBONES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from data_prep.measure import Counts
+from data_prep.reporting.measure import Counts
 from pipeline.curriculum import StageConfig
 
 

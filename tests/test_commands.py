@@ -40,7 +40,7 @@ def test_evaluate_without_shards(tmp_path):
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(UserError, match=r"shards/manifest.json cannot be read \(Cannot connect to host"),
     ):
-        patch.setattr("data_prep.remote.OPEN_SECONDS", 0.1)
+        patch.setattr("data_prep.storage.remote.OPEN_SECONDS", 0.1)
         patch.setenv("IVTLR_CACHE_GB", "0")
         open_data(info, None, "test")
 

@@ -9,8 +9,8 @@ import threading
 import pytest
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from data_prep.crew import Progress, crew
 from data_prep.errors import UserError
+from data_prep.making.crew import Progress, crew
 
 
 def square(_: bytes, number: int, progress: Progress) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import duplicates
 from data_prep.errors import UserError
 from data_prep.example import HASH_BYTES
+from data_prep.making import duplicates
 from data_prep.reader import open_split
 from data_prep.shard import build, summary
 from tests.data_prep.conftest import picture

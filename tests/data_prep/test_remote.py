@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from data_prep import cache, cli, remote, storage, tokenizer
-from data_prep.cache import Cache, open_cache
+from data_prep import cli, storage, tokenizer
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.index import read_manifest
 from data_prep.reader import BadSample, ShardIndex, open_split
 from data_prep.shard import build
-from data_prep.storage import location_of, open_storage
+from data_prep.storage import cache, location_of, open_storage, remote
+from data_prep.storage.cache import Cache, open_cache
 from tests.data_prep.conftest import TRAILS
 from tests.server import (
     Fault,

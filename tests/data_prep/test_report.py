@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import cli, measure, report
+from data_prep import cli, report
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from data_prep.gallery import data_uri, pick
-from data_prep.html_parts import bin_width, histogram
 from data_prep.index import RECORD, read_manifest, write_manifest
-from data_prep.measure import measure_index, quantile, spread, z_score
 from data_prep.reader import open_split
 from data_prep.report import Report, make_report
-from data_prep.report_html import page
+from data_prep.reporting import measure
+from data_prep.reporting.gallery import data_uri, pick
+from data_prep.reporting.html import bin_width, histogram
+from data_prep.reporting.measure import measure_index, quantile, spread, z_score
+from data_prep.reporting.page import page
 from data_prep.shard import build
 from tests.data_prep.conftest import picture
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from data_prep import publish
 from data_prep.errors import UserError
-from data_prep.parts import PARTS
+from data_prep.making import publish
+from data_prep.making.parts import PARTS
 from data_prep.shard import build
 from tests.data_prep.conftest import TRAILS, picture
 from tests.data_prep.test_shard import contents

@@ -16,8 +16,8 @@ from data_prep import cli, shard
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import read_manifest, write_manifest
+from data_prep.making.verify import check_folder
 from data_prep.reader import open_split
-from data_prep.verify import check_folder
 
 
 def found(folder: Path, workers: int = 1) -> list[str]:

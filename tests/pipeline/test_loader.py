@@ -116,7 +116,7 @@ def test_workers_read_from_a_server(
     """Two of them, after their parent has read, from one that drops every fifth connection; then those of a copy."""
     monkeypatch.setenv("IVTLR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr("data_prep.remote.BLOCK", 3000)
+    monkeypatch.setattr("data_prep.storage.remote.BLOCK", 3000)
     expected = all_steps(steps(index, builder))
     with serving(folder) as server:
         server.fault = lambda h: len(server.asked) % 5 == 0 and dropped(h)

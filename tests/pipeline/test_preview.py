@@ -11,7 +11,7 @@ import pytest
 from data_prep.example import Example
 from data_prep.reader import open_split
 from data_prep.report import findings, make_report, summary
-from data_prep.report_html import page
+from data_prep.reporting.page import page
 from pipeline.loader import Share, StageSteps
 from pipeline.preview import OncePrompted, Preview, open_preview
 from pipeline.prompt import RowBuilder

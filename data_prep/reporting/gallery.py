@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.example import IMAGE_EXTENSIONS, MAX_PIXELS, Example
-from data_prep.html_parts import isolated, table, text
 from data_prep.reader import BadSample, ShardIndex
+from data_prep.reporting.html import isolated, table, text
 from data_prep.steps import SEPARATOR, merge_steps, split_steps
 
 if TYPE_CHECKING:

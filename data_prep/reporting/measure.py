@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.assemble import REJECTS
 from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.files import parse_json
 from data_prep.index import read_manifest
+from data_prep.making.assemble import REJECTS
 from data_prep.reader import BadSample, ShardIndex, open_split
 from data_prep.storage import open_storage
 

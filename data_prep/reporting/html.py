@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from string import Template
 
-from data_prep.measure import Counts, quantile
+from data_prep.reporting.measure import Counts, quantile
 
 BINS = 12
 """About as many bars as a histogram has."""

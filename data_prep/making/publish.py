@@ -1,4 +1,4 @@
-"""How a finished folder comes about from parts (`data_prep.parts`), whenever a run is stopped.
+"""How a finished folder comes about from parts (`data_prep.making.parts`), whenever a run is stopped.
 
 A run writes nothing but `.parts/` in its folder until everything is there. Then the files are gathered in
 `.parts/publish/`, the manifest last: with it the result is settled, and what is left is to rename them into the folder,
@@ -22,7 +22,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import parse_json
 from data_prep.index import read_manifest, write_manifest
-from data_prep.parts import PARTS, Shard
+from data_prep.making.parts import PARTS, Shard
 from data_prep.sources import SPLITS
 
 _PATIENCE = 5.0
@@ -68,7 +68,7 @@ def recover(out: Path, made_from: str) -> bool:
     """Go on from where a stopped run was, if there was one.
 
     A settled result is put into the folder; of everything else those parts stay that are whole by their names and
-    `made_from` (`data_prep.made_from.fingerprint`).
+    `made_from` (`data_prep.making.made_from.fingerprint`).
 
     Returns:
         Whether a result was settled.

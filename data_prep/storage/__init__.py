@@ -146,7 +146,7 @@ def location_of(text: str) -> Location:
 
 
 def open_storage(location: Location, cache_gb: float | None = None) -> Storage:
-    """The storage of a folder; cache_gb: room for what is kept of a remote one (`data_prep.cache`).
+    """The storage of a folder; cache_gb: room for what is kept of a remote one (`data_prep.storage.cache`).
 
     Raises:
         UserError: a URL that nothing here can read.
@@ -154,6 +154,6 @@ def open_storage(location: Location, cache_gb: float | None = None) -> Storage:
     place = location_of(location) if isinstance(location, str) else location
     if isinstance(place, Path):
         return LocalStorage(place)
-    from data_prep.remote import RemoteStorage  # its libraries take a second to import
+    from data_prep.storage.remote import RemoteStorage  # its libraries take a second to import
 
     return RemoteStorage(place, cache_gb)

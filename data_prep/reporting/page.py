@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from data_prep.gallery import sample_html
-from data_prep.html_parts import PAGE, STYLE, card, isolated, table, text
-from data_prep.report_charts import answers, breakdown, lengths, pictures, stages
+from data_prep.reporting.charts import answers, breakdown, lengths, pictures, stages
+from data_prep.reporting.gallery import sample_html
+from data_prep.reporting.html import PAGE, STYLE, card, isolated, table, text
 
 if TYPE_CHECKING:
     from data_prep.report import Report

@@ -26,10 +26,10 @@ import fsspec
 import numpy as np
 from fsspec.asyn import sync
 
-from data_prep.cache import open_cache
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.storage import Part, persist
+from data_prep.storage.cache import open_cache
 
 if TYPE_CHECKING:
     from data_prep.index import IndexEntry, ShardEntry

@@ -4,7 +4,7 @@
     SPLIT-000000.npy      one `PART` per sample: the shard's part of the index, and of each id a digest
     SPLIT-000000.json     a `Record`, written last; a shard without it is unfinished
 
-They lie in `PARTS` inside the folder until all of it is written (`data_prep.publish`).
+They lie in `PARTS` inside the folder until all of it is written (`data_prep.making.publish`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.crew import Progress
-from data_prep.duplicates import is_in, open_sorted
 from data_prep.errors import UserError
 from data_prep.example import HASH_BYTES, Example, InvalidExample, image_extension, question_hash
 from data_prep.files import atomic_path, parse_json, sha256, write_atomic
 from data_prep.index import RECORD, scan_tar, write_records
+from data_prep.making.crew import Progress
+from data_prep.making.duplicates import is_in, open_sorted
 from data_prep.sources import Rejected, Source
 
 TextOnly = Literal["keep", "skip"]

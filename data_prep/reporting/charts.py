@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from data_prep.gallery import LETTERS
-from data_prep.html_parts import bars, card, histogram, isolated, legend, percent, plural, table, text
-from data_prep.measure import ODD, Counts, SplitMeasure, mean, quantile, z_score
+from data_prep.reporting.gallery import LETTERS
+from data_prep.reporting.html import bars, card, histogram, isolated, legend, percent, plural, table, text
+from data_prep.reporting.measure import ODD, Counts, SplitMeasure, mean, quantile, z_score
 
 if TYPE_CHECKING:
     from data_prep.report import Report

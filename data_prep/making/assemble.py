@@ -1,4 +1,4 @@
-"""From the parts of a split (`data_prep.parts`) to its index, rejects and counts, one part at a time."""
+"""From the parts of a split (`data_prep.making.parts`) to its index, rejects and counts, one part at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates import digests_of, repeated, shared
 from data_prep.errors import UserError
 from data_prep.files import atomic_path, parse_json, sha256
 from data_prep.index import REMAKE, write_records
-from data_prep.parts import SKIPPED, Shard, read_part, read_record
+from data_prep.making.duplicates import digests_of, repeated, shared
+from data_prep.making.parts import SKIPPED, Shard, read_part, read_record
 from data_prep.sources import SPLITS
 
 REJECTS = "rejects.jsonl"

@@ -33,7 +33,7 @@ def made_from(table: Source, options: Mapping[str, Any], **settings: Any) -> Mad
 def fingerprint(made: MadeFrom) -> str:
     """Digest that two runs share only if they write the same bytes: of `made`, the format, and this package's code."""
     digest = hashlib.sha256(json.dumps([FORMAT, made], sort_keys=True).encode())
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)} {sha256(path)}".encode())
     return digest.hexdigest()

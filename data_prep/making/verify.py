@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from data_prep.crew import Progress, crew
 from data_prep.errors import UserError
 from data_prep.example import content_hash, question_hash
 from data_prep.files import sha256
 from data_prep.index import RECORD, ShardEntry, read_manifest
+from data_prep.making.crew import Progress, crew
 from data_prep.sources import SPLITS
 
 

@@ -1,0 +1,1 @@
+"""What `data_prep.report` counts and how it draws it."""
