@@ -115,7 +115,8 @@ class LatentMethod(nn.Module):
         text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own))
         shape = (len(vision), self.feedback.width, vision.shape[-1])
         expect(text, shape, vision.device, f"latent.feedback {self.config.feedback}")
-        return torch.cat([vision, text.to(vision.dtype)], dim=1) * step.inserted[..., None].to(vision.dtype)
+        # filled, not multiplied: what a part makes of an empty slot may be no number
+        return torch.cat([vision, text.to(vision.dtype)], dim=1).masked_fill(~step.inserted[..., None], 0)
 
     def added(self, trace: Trace, batch: Batch) -> Tensor:
         """The auxiliary loss of each row, (B,)."""

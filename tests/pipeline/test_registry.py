@@ -189,13 +189,29 @@ def test_parts_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         LatentMethod(LatentConfig(feedback="odd_part"), 16)
 
 
-def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FEEDBACKS._parts, "four", type("Four", (HiddenState,), {"read_layers": 4}))
+class Gate(HiddenState):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.gate = torch.nn.Parameter(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            type("Four", (HiddenState,), {"read_layers": 4}),
+            "latent.feedback four reads 4 layers .read_layers., the model has 2",
+        ),
+        (Gate, r"latent.feedback.gate is a parameter without dimensions, .* such as torch.ones\(1\)"),
+    ],
+)
+def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, part: type, said: str) -> None:
+    monkeypatch.setitem(FEEDBACKS._parts, "four", part)
     monkeypatch.setattr(engine, "text_config", lambda *_: SimpleNamespace(hidden_size=64, num_hidden_layers=2))
     monkeypatch.setattr(engine, "load_model", lambda *_: pytest.fail("loaded first"))
     config = load_config(None, {"latent.feedback": "four", "model.path": "m", "data.path": "d"})
     ds = load_ds_config(ROOT / "ds_configs" / "zero3.json")
-    with pytest.raises(UserError, match="latent.feedback four reads 4 layers .read_layers., the model has 2"):
+    with pytest.raises(UserError, match=said):
         engine.build_engine(config, ds, "m", Triangle(8, 1, 8, 1), None, torch.device("cpu"))
 
 
