@@ -133,11 +133,14 @@ def benchmark_of(config: RunConfig) -> Benchmark:
 
 def check_export(export: Path, config: RunConfig) -> None:
     """Raise UserError where a model is not the recipe's: its figures would stand beside the paper's."""
-    info = ExportInfo.read(export)
+    info, curriculum = ExportInfo.read(export), config.curriculum
     pairs = {
         "model.backbone": (info.backbone, config.model.backbone),
         "latent": (info.latent, config.latent),
         "prompt": (info.prompt, config.prompt),
+        "the last stage": (info.stage, len(curriculum.stages) - 1),
+        "its number of latent steps": (info.latents, curriculum.stages[-1].latents),
+        "curriculum.groups": (info.groups, curriculum.groups),
     }
     problems = [f"{export}: {name} is not the recipe's ({is_}; {wanted})"
                 for name, (is_, wanted) in pairs.items() if is_ != wanted]  # fmt: skip

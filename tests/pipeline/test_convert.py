@@ -247,6 +247,9 @@ def test_reproduced_from_a_released_file(untied, tmp_path, data, capsys):
     assert "is there, made from" in capsys.readouterr().out
     with pytest.raises(UserError, match="released: latent is not the recipe's"):  # of another K
         run_again(**{"latent.num_patches": 3})
+    with pytest.raises(UserError, match="released: the last stage is not the recipe's .3; 0.") as refusal:
+        run_again(**{"curriculum.stages": "[{latents: 0, skip: 0, epochs: 16}]"})
+    assert "its number of latent steps is not the recipe's (3; 0)" in refusal.value.lines[1]
     with pytest.raises(UserError, match="made from f.pth, and model.lora.alpha is 6 now, was 16; remove it, or choose"):
         run_again(**{"model.lora.alpha": 6})
     with pytest.raises(UserError, match="made from f.pth, and SHA-256 of .*other.pth is .* now, was"):
