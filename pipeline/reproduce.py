@@ -150,7 +150,10 @@ def check_export(export: Path, config: RunConfig) -> None:
 
 def train_run(recipes: Sequence[Path], settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
     """All stages, as `deepspeed pipeline/train.py` trains them.  Raises UserError where that fails."""
-    command = ["deepspeed", *(["--num_accelerators", str(ranks)] if ranks else []), str(ROOT / "pipeline" / "train.py")]
+    from pipeline.distributed import free_port  # DeepSpeed's import takes its time
+
+    command = ["deepspeed", "--master_port", str(free_port()), *(["--num_accelerators", str(ranks)] if ranks else [])]
+    command += [str(ROOT / "pipeline" / "train.py")]
     command += ["--ds", str(ds), "--recipe", ",".join(map(str, recipes)), "--out", str(out)]
     command += [f"--{name}={value}" for name, value in settings.items()]
     say("training", shlex.join(command))
