@@ -403,6 +403,18 @@ def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
         torch.testing.assert_close(hidden[i], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("parts", [{}, {"feedback": "none"}, {"feedback": "none", "selection": "all"}], ids=str)
+def test_tips_of_a_reading(models: tuple[Backbone, nn.Module], parts: dict[str, str]) -> None:
+    """Those of the trace, also where a step inserted nothing."""
+    backbone, stock = models
+    trace = latent_forward(
+        backbone, collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3), method_of(backbone, **parts)
+    )
+    reading = trace.steps[2].reading
+    assert reading.tips.shape[1] == 3 and torch.equal(reading.tips[:, -1], reading.tip)
+    assert torch.equal(reading.tips, torch.stack(trace.tips[:3], dim=1))
+
+
 class MeanOfFour(Feedback):
     def forward(self, reading: Reading) -> Tensor:
         hidden, there = reading.last(4)
