@@ -90,12 +90,12 @@ def build_engine(
 
 def check_parts(method: LatentMethod) -> None:
     """Raise UserError where DeepSpeed, which sends parameters between ranks as bytes, cannot train a part's."""
-    problems = [
-        f"latent.{name} is a parameter without dimensions, which DeepSpeed cannot train; make it a vector of one,"
-        " such as torch.ones(1)"
-        for name, parameter in method.named_parameters()
-        if parameter.ndim == 0
-    ]
+    problems = []
+    for name, parameter in method.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            problems.append(f"latent.{name} has no shape before it is used (a lazy module); hidden_size gives it one")
+        elif parameter.ndim == 0:
+            problems.append(f"latent.{name} is a parameter without dimensions; make it a vector of one: torch.ones(1)")
     if problems:
         raise UserError(*problems)
 
