@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from pipeline.evaluate import exports_of, generate_rows, read_sampling
 from pipeline.export import load_export
 from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
-from pipeline.prompt import LETTERS, Grid, UnusableSample
+from pipeline.prompt import LETTERS, PROMPTS, Grid, UnusableSample
 from pipeline.registry import load_plugin
 
 
@@ -36,6 +37,7 @@ def main(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    prompt: Literal["default", "released", "context"] | None = None,
     plugin: Path | None = None,
     allow_changed_plugin: bool = False,
 ) -> None:
@@ -44,9 +46,9 @@ def main(
     --run: a run folder (its last stage answers) or --model: one export; --image: a picture file; --choice: once for
     each choice, at least twice; --latents: other number of latent steps than trained; --temperature: 0 takes the
     likeliest token, above it tokens are drawn with --seed, among the --top_k likeliest (0: all) and those with
-    probability --top_p together; --plugin: the file that the model's method came from, with another
-    text than then only under --allow_changed_plugin true; --max_new_tokens: of the answer at most, as the model's
-    recipe says without it.
+    probability --top_p together; --prompt: as in pipeline.evaluate; --plugin: the file that the model's method came
+    from, with another text than then only under --allow_changed_plugin true; --max_new_tokens: of the answer at most,
+    as the model's recipe says without it.
     """
     if plugin:
         load_plugin(plugin)
@@ -68,6 +70,8 @@ def main(
     except InvalidExample as error:
         raise UserError(str(error)) from None
     loaded = load_export(folder, allow_changed_plugin=allow_changed_plugin)
+    if prompt:
+        loaded = loaded.asked(**PROMPTS[prompt])
     if context:  # what is given is shown, whether or not the model was trained with one
         loaded = loaded.asked(context=True)
     n = loaded.info.latents if latents is None else latents

@@ -17,6 +17,8 @@ from deepspeed import ops as deepspeed_ops
 from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging as transformers_logging
 
+from data_prep.errors import UserError
+
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for rank 0 to prepare data or a base model."""
@@ -45,12 +47,12 @@ class World:
 
 
 def start(world: World) -> torch.device:
-    """Create the process group and return this rank's device."""
+    """Create the process group and return this rank's device.  Raises UserError where the ranks' port is taken."""
     if world.size == 1:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     transformers_logging.disable_progress_bar()
     accelerator = get_accelerator()
@@ -60,15 +62,22 @@ def start(world: World) -> torch.device:
     # its all-reduce through shared memory serves inference alone; set up, it leaves 66 MB a rank in /dev/shm for ever
     deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed's CPU backend names oneCCL, which needs its own packages; gloo comes with torch
-    deepspeed.init_distributed(
-        dist_backend="gloo" if accelerator.device_name() == "cpu" else backend,
-        timeout=TIMEOUT,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="gloo" if accelerator.device_name() == "cpu" else backend,
+            timeout=TIMEOUT,
+            verbose=False,
+        )
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"ranks cannot meet at {os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+            f" ({str(error).splitlines()[0]}); beside another training, start with deepspeed --master_port N"
+        ) from None
     return torch.device(accelerator.current_device_name())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -52,7 +52,8 @@ def build_engine(
     dtype = resolve_dtype(model.dtype, device)
     undecided = [name for name in RESIDENCY if ds["zero_optimization"].get(name) == "auto"]
     text = text_config(base, model.revision)
-    LatentMethod(config.latent, text.hidden_size, text.num_hidden_layers)  # refused before the model takes its time
+    # refused before the model takes its time
+    check_parts(LatentMethod(config.latent, text.hidden_size, text.num_hidden_layers))
     ds = fill_auto(ds, triangle, config, text.hidden_size, dtype is torch.bfloat16)
     # transformers looks this object up while it lives, and partitions what it builds
     hf_config = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
@@ -78,7 +79,6 @@ def build_engine(
         latent_grad=config.latent.latent_grad,
         checkpointing=model.checkpointing,
         dropout=has_dropout(backbone.decoder),
-        drawn_parts=has_dropout(module.method),
         gathers=triangle.world > 1 and not resident,
     )
     groups = decay_groups(module, o.weight_decay, o.decay_vectors)
@@ -86,6 +86,18 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
     engine.hf_config = hf_config
     return Built(engine, schedule, size, memory, resident)
+
+
+def check_parts(method: LatentMethod) -> None:
+    """Raise UserError where DeepSpeed, which sends parameters between ranks as bytes, cannot train a part's."""
+    problems = []
+    for name, parameter in method.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            problems.append(f"latent.{name} has no shape before it is used (a lazy module); hidden_size gives it one")
+        elif parameter.ndim == 0:
+            problems.append(f"latent.{name} is a parameter without dimensions; make it a vector of one: torch.ones(1)")
+    if problems:
+        raise UserError(*problems)
 
 
 def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenizer: Any) -> Any:

@@ -141,6 +141,7 @@ def load_plugin(path: Path) -> Plugin:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up
+    sys.path.append(str(path.parent))  # it may import files beside it, as a script does
     before = len(_added)
     with failures_told(f"--plugin {path}", path):
         source = path.read_bytes()
@@ -166,12 +167,18 @@ def loaded_plugins() -> list[Plugin]:
 
 
 @contextlib.contextmanager
-def failures_told(what: str, *files: Path) -> Iterator[None]:
-    """Turn what a user's own code raises into one line, which names its last place in `files` (default: plugins)."""
+def failures_told(what: str, *files: Path, theirs: bool = False) -> Iterator[None]:
+    """Turn what a user's own code raises into one line, which names its last place in `files` (default: plugins).
+
+    theirs: only where the error came through one of the files; others are this project's own.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
-        where = what + _line_of(error, files or tuple(_loaded))
+        line = _line_of(error, files or tuple(_loaded))
+        if theirs and not line:
+            raise
+        where = what + line
         if isinstance(error, UserError):
             raise UserError(*(f"{where}: {line}" for line in error.lines)) from None
         said = " ".join(str(error).split())

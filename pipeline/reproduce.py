@@ -133,11 +133,14 @@ def benchmark_of(config: RunConfig) -> Benchmark:
 
 def check_export(export: Path, config: RunConfig) -> None:
     """Raise UserError where a model is not the recipe's: its figures would stand beside the paper's."""
-    info = ExportInfo.read(export)
+    info, curriculum = ExportInfo.read(export), config.curriculum
     pairs = {
         "model.backbone": (info.backbone, config.model.backbone),
         "latent": (info.latent, config.latent),
         "prompt": (info.prompt, config.prompt),
+        "the last stage": (info.stage, len(curriculum.stages) - 1),
+        "its number of latent steps": (info.latents, curriculum.stages[-1].latents),
+        "curriculum.groups": (info.groups, curriculum.groups),
     }
     problems = [f"{export}: {name} is not the recipe's ({is_}; {wanted})"
                 for name, (is_, wanted) in pairs.items() if is_ != wanted]  # fmt: skip
@@ -147,7 +150,10 @@ def check_export(export: Path, config: RunConfig) -> None:
 
 def train_run(recipes: Sequence[Path], settings: Mapping[str, str], ds: Path, out: Path, ranks: int | None) -> None:
     """All stages, as `deepspeed pipeline/train.py` trains them.  Raises UserError where that fails."""
-    command = ["deepspeed", *(["--num_accelerators", str(ranks)] if ranks else []), str(ROOT / "pipeline" / "train.py")]
+    from pipeline.distributed import free_port  # DeepSpeed's import takes its time
+
+    command = ["deepspeed", "--master_port", str(free_port()), *(["--num_accelerators", str(ranks)] if ranks else [])]
+    command += [str(ROOT / "pipeline" / "train.py")]
     command += ["--ds", str(ds), "--recipe", ",".join(map(str, recipes)), "--out", str(out)]
     command += [f"--{name}={value}" for name, value in settings.items()]
     say("training", shlex.join(command))

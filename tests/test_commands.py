@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
 from data_prep.reader import open_split
+from pipeline import ask
 from pipeline.evaluate import open_data
 from pipeline.export import ExportInfo, load_export
 from tests import launch
@@ -98,6 +100,23 @@ def test_ask(whole_run, data, tmp_path):
     )
     assert code == 0, err
     assert "latent step 2: patches (row,column) of 3x3: (" in out and "autoregressive steps" in out
+
+
+def test_ask_takes_a_prompt(monkeypatch):
+    """The same as an evaluation; a context that is given is shown all the same."""
+    asked = []
+
+    class Loaded:
+        def asked(self, **settings):
+            asked.append(settings)
+            if "asked" in settings:
+                return self
+            raise UserError("far enough")
+
+    monkeypatch.setattr(ask, "load_export", lambda *_, **options: Loaded())
+    with pytest.raises(UserError, match="far enough"):
+        ask.main(question="q", choice=["a", "b"], model=Path("m"), context="c", prompt="released")
+    assert asked == [{"context": False, "asked": "released"}, {"context": True}]
 
 
 @pytest.mark.parametrize(

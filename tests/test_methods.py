@@ -127,11 +127,12 @@ def test_an_idea_of_ones_own(data, idea, tmp_path) -> None:
     assert f"error: the settings, or the text of {idea}, are not those" in log
 
 
-@pytest.mark.parametrize(("ds", "dtype"), [("zero2", "fp32"), ("zero3", "bf16")])
-def test_learned_parts_are_trained_and_exported(data, tmp_path, ds, dtype) -> None:
+@pytest.mark.parametrize(("ds", "dtype", "latent_grad"), [("zero2", "fp32", "bptt"), ("zero3", "bf16", "detach")])
+def test_learned_parts_are_trained_and_exported(data, tmp_path, ds, dtype, latent_grad) -> None:
     """Not used in stage 0, trained in stage 1, in the export with the values that answered."""
     out = tmp_path / "run"
-    train(out, data, "--latent.feedback", "pause", "--curriculum.stages", SHORT, "--model.dtype", dtype, ranks=2, ds=ds)
+    options = ("--latent.feedback", "pause", "--latent.latent_grad", latent_grad, "--curriculum.stages", SHORT)
+    train(out, data, *options, "--model.dtype", dtype, ranks=2, ds=ds)
     parts = [load_file(out / "export" / f"stage{stage}" / "latent_parts.safetensors") for stage in (0, 1)]
     assert parts[0].keys() == {"feedback.embedding"}
     moved = (parts[1]["feedback.embedding"] - parts[0]["feedback.embedding"]).abs().max()

@@ -107,19 +107,23 @@ class LatentMethod(nn.Module):
         # indexed: backward of `gather` would hold the whole prompt
         rows = torch.arange(len(prompt_embeds), device=prompt_embeds.device)[:, None]
         vision = prompt_embeds[rows, step.columns]
-        factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
+        with failures_told(f"latent.weighting {self.config.weighting}", theirs=True):
+            factors = self.weighting.factors(step.reading.saliency, step.columns, step.filled)
         if factors is not None:
             expect(factors, step.columns.shape, vision.device, f"latent.weighting {self.config.weighting}")
             vision = vision * factors[..., None].to(vision.dtype)
         own = next(self.feedback.parameters(), vision).dtype
-        text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own))
+        with failures_told(f"latent.feedback {self.config.feedback}", theirs=True):
+            text = self.feedback(replace(step.reading, prompt_embeds=prompt_embeds).to(own))
         shape = (len(vision), self.feedback.width, vision.shape[-1])
         expect(text, shape, vision.device, f"latent.feedback {self.config.feedback}")
-        return torch.cat([vision, text.to(vision.dtype)], dim=1) * step.inserted[..., None].to(vision.dtype)
+        # filled, not multiplied: what a part makes of an empty slot may be no number
+        return torch.cat([vision, text.to(vision.dtype)], dim=1).masked_fill(~step.inserted[..., None], 0)
 
     def added(self, trace: Trace, batch: Batch) -> Tensor:
         """The auxiliary loss of each row, (B,)."""
-        loss = self.auxiliary(trace, batch)
+        with failures_told(f"latent.auxiliary {self.config.auxiliary}", theirs=True):
+            loss = self.auxiliary(trace, batch)
         expect(loss, batch.latents.shape, batch.latents.device, f"latent.auxiliary {self.config.auxiliary}")
         return loss
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,14 @@ class Reading:
     def hidden(self) -> Tensor:
         """Final hidden states of all columns so far, (B,T,D)."""
         return torch.cat(self.passes, dim=1)
+
+    @property
+    def tips(self) -> Tensor:
+        """h of every pass so far, (B,step+1,D): where the question ended and where each step did; the last is `tip`."""
+        places = torch.arange(self.mask.shape[1], device=self.mask.device) * self.mask
+        ends = accumulate(hidden.shape[1] for hidden in self.passes)
+        last = torch.stack([places[:, :end].amax(1) for end in ends], dim=1)
+        return self.hidden.gather(1, last[..., None].expand(-1, -1, self.tip.shape[-1]))
 
     def last(self, count: int) -> tuple[Tensor, Tensor]:
         """Final hidden states of each row's last `count` real columns, newest last.

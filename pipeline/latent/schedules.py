@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
 from pipeline.batch import Batch
 from pipeline.latent.attention import CachedSegments, Pass
 from pipeline.latent.forward import LatentForward, Replay, Trace, last_real
@@ -42,21 +41,14 @@ class Schedule:
         return f"{self.name}{whole} ({self.reason})"
 
 
-def choose_schedule(
-    wanted: Wanted, *, latent_grad: str, checkpointing: bool, dropout: bool, gathers: bool, drawn_parts: bool = False
-) -> Schedule:
-    """The schedule of a run.  Raises UserError for `prepass` where the method's parts draw (`drawn_parts`).
+def choose_schedule(wanted: Wanted, *, latent_grad: str, checkpointing: bool, dropout: bool, gathers: bool) -> Schedule:
+    """The schedule of a run.
 
-    The other ways of execution run the parts of a step twice, and would draw twice.  gathers: whether every pass
-    gathers the parameters anew (ZeRO-3 on several ranks, not kept between passes).
-    `prepass` with `bptt` is refused when the config is read.
+    dropout: of the decoder's layers; gathers: whether every pass gathers the parameters anew (ZeRO-3 on several ranks,
+    not kept between passes).  `prepass` with `bptt` is refused when the config is read.
     """
     if latent_grad == "bptt":
         return Schedule(reason="bptt has no other")
-    if drawn_parts:
-        if wanted == "prepass":
-            raise UserError("model.schedule prepass runs a latent step's parts twice, and one of them has dropout")
-        return Schedule(reason="a part of the method has dropout, and runs once")
     whole = checkpointing and not dropout
     if wanted == "prepass":
         return Schedule("prepass", reason="asked for")
@@ -102,25 +94,29 @@ def _fixed_then_whole(
 ) -> Trace:
     """Passes without a graph fix V and what is read; one pass over the whole sequence has a graph.
 
+    A step's parts run once, with their graph: they may draw, and count.
     record: run the last pass without a graph too, and let the whole pass take over what all passes computed.
     """
     prompt, targets = backbone.embed_prompt(batch), backbone.embed_tokens(batch.target_ids)
     tape = LayerTape() if record else None
+    inserted: list[Tensor] = []
     with torch.no_grad():
         run = LatentForward(
-            backbone, batch, method, kept=CachedSegments(), replay=replay, tape=tape, prompt_embeds=prompt.detach()
+            backbone, batch, method, kept=CachedSegments(), replay=replay, tape=tape, prompt_embeds=prompt
         )
         embeds, positions = run.prompt_embeds, run.prompt_positions
         all_positions = [positions]
         for _ in range(batch.passes):
-            embeds, positions = run.take_step(run.run_pass(embeds, positions, read=True))
+            saliency = run.run_pass(embeds, positions, read=True)
+            with torch.enable_grad():
+                embeds, positions = run.take_step(saliency)
+            inserted.append(embeds)
             all_positions.append(positions)
         all_positions.append(run.sequence.grow(batch.target_mask))
         if tape is not None:
             run.run_pass(torch.cat([embeds, targets], dim=1), torch.cat(all_positions[-2:], dim=2), read=False)
             tape.whole = True
 
-    inserted = [method.columns(step, prompt) for step in run.steps]
     whole = torch.cat([prompt, *inserted, targets], dim=1)
     if not whole.requires_grad:  # a checkpointed layer has a graph only where its input has one
         whole.requires_grad_()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.latent.parts import expect
-from pipeline.registry import Registry, described, expect_call
+from pipeline.registry import Registry, described, expect_call, failures_told
 
 PATCH_ORDERS = ("position", "score")
 Ranking = Callable[[Tensor, Tensor, int, Tensor | None, int], Tensor]
@@ -65,7 +65,9 @@ def select_patches(
     if chosen.takes != "k":
         # one column at least, masked where nothing is left: a step may have no other
         num_patches = max(1, int(candidates.sum(1).max())) if chosen.takes == "all" else 0
-    ranking = checked(chosen.ranking(saliency, candidates, num_patches, row_ids, step), saliency, candidates, selection)
+    with failures_told(f"latent.selection {selection}", theirs=True):
+        ranking = chosen.ranking(saliency, candidates, num_patches, row_ids, step)
+    ranking = checked(ranking, saliency, candidates, selection)
     ranking = ranking.masked_fill(~candidates, float("-inf"))
     values, columns = ranking.sort(dim=1, descending=True, stable=True)
     missing = num_patches - columns.shape[1]

@@ -184,6 +184,6 @@ def written(path: Path) -> Iterator[None]:
 
 def some(names: Iterable[str], most: int = 3) -> str:
     """The first names, how many more there are, and the verb."""
-    every = list(names)
+    every = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return f"{', '.join(every[:most])}{more} {'is' if len(every) == 1 else 'are'}"

@@ -25,9 +25,13 @@ class FrozenCheck:
     changed: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
     """Equal to the base's weights in bf16, which is what the released trainer loads"""
+    broken: list[str] = field(default_factory=list)
+    """With values that are no finite numbers, in rows that the trainer added too"""
 
     def see(self, name: str, tensor: Tensor) -> None:
         self.seen += 1
+        if not tensor.isfinite().all():
+            self.broken.append(name)
         theirs = self.base[name]
         if name in self.tables:
             rows = min(self.tokens, len(theirs))
@@ -40,6 +44,8 @@ class FrozenCheck:
 
     def judge(self, base: str, export: str, allow_changed: bool) -> None:
         """Raise UserError where the export would not be the file's model, or its base another than said."""
+        if self.broken:
+            raise UserError(f"{len(self.broken)} weights have NaN or infinite values, such as {self.broken[0]}")
         if self.changed and not allow_changed:
             names = ", ".join(self.changed[:8]) + (f" and {len(self.changed) - 8} more" if self.changed[8:] else "")
             raise UserError(

@@ -92,12 +92,14 @@ def find_prefix(names: Iterable[str], skeleton: Skeleton, form: Form, path: Path
 
 
 def misfits(found: ReleasedFile, skeleton: Skeleton, wrapped: set[str], tokens: int) -> Iterable[str]:
-    """What of a file is missing or of another shape than the model's, one line a kind."""
+    """What of a file is missing, no weight, or of another shape than the model's, one line a kind."""
     missing = [name for name in skeleton.shapes if name not in found.weights]
     for module in sorted(wrapped | found.lora.keys()):
         missing += [f"{module}.lora_{factor}" for factor in "AB" if factor not in found.lora.get(module, {})]
     if missing:
         yield f"{some(missing)} missing"
+    if strange := [name for name, tensor in found.weights.items() if not is_plain(tensor)]:
+        yield f"{some(strange)} of a type that is no model's ({found.weights[strange[0]].dtype})"
     shapes = []
     for name, tensor in found.weights.items():
         wanted = skeleton.shapes.get(name)
@@ -129,11 +131,15 @@ def misfits(found: ReleasedFile, skeleton: Skeleton, wrapped: set[str], tokens: 
         yield f"its vocabulary has {min(rows.values())} rows, but the base's tokenizer has {tokens} tokens"
 
 
-def is_factor(tensor: Tensor) -> bool:
-    """Whether this can be an A or B of LoRA: a finite matrix of a float type that has values and a rank."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is an ordinary tensor of floats that has its values."""
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    plain = tensor.dtype in kinds and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.ndim == 2 and tensor.numel() > 0 and bool(tensor.isfinite().all())
+    return tensor.dtype in kinds and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def is_factor(tensor: Tensor) -> bool:
+    """Whether this can be an A or B of LoRA: a finite matrix that has values and a rank."""
+    return is_plain(tensor) and tensor.ndim == 2 and tensor.numel() > 0 and bool(tensor.isfinite().all())
 
 
 def _rows(tensor: Tensor) -> int:

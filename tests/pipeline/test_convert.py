@@ -247,6 +247,9 @@ def test_reproduced_from_a_released_file(untied, tmp_path, data, capsys):
     assert "is there, made from" in capsys.readouterr().out
     with pytest.raises(UserError, match="released: latent is not the recipe's"):  # of another K
         run_again(**{"latent.num_patches": 3})
+    with pytest.raises(UserError, match="released: the last stage is not the recipe's .3; 0.") as refusal:
+        run_again(**{"curriculum.stages": "[{latents: 0, skip: 0, epochs: 16}]"})
+    assert "its number of latent steps is not the recipe's (3; 0)" in refusal.value.lines[1]
     with pytest.raises(UserError, match="made from f.pth, and model.lora.alpha is 6 now, was 16; remove it, or choose"):
         run_again(**{"model.lora.alpha": 6})
     with pytest.raises(UserError, match="made from f.pth, and SHA-256 of .*other.pth is .* now, was"):
@@ -408,6 +411,7 @@ def edited(checkpoint: Checkpoint, path: Path, edit) -> Path:
     return path
 
 
+NORM = WRAPPED + "model.norm.weight"
 LORA_A, LORA_B = (f"{WRAPPED}{Q_PROJ}.lora_{x}.default.weight" for x in "AB")
 
 
@@ -434,6 +438,11 @@ LORA_A, LORA_B = (f"{WRAPPED}{Q_PROJ}.lora_{x}.default.weight" for x in "AB")
         (lambda s: s.update({LORA_A: s[LORA_A].int()}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
         (lambda s: s.update({LORA_A: s[LORA_A][:0]}), f"{Q_PROJ}.lora_A is no finite matrix of floats"),
         (lambda s: s.update({WRAPPED + "lm_head.weight": torch.ones(100, 64)}), "embeddings and head have"),
+        (lambda s: s.update({NORM: s[NORM].int()}), "model.norm.weight is of a type that is no model's (torch.int32)"),
+        (lambda s: s.update({NORM: s[NORM].to(torch.float8_e4m3fn)}), "model.norm.weight is of a type that is no"),
+        (lambda s: s.update({NORM: s[NORM].to_sparse()}), "model.norm.weight is of a type that is no model's"),
+        (lambda s: s.update({NORM: s[NORM].to("meta")}), "model.norm.weight is of a type that is no model's"),
+        (lambda s: s.update({"a\n\x1b[31m": torch.ones(2)}), "'a\\n\\x1b[31m' is in no model"),
         (lambda s: s.update({"embedding.weight": s["embedding.weight"] + 1}), "embedding.weight is not equal to"),
         (lambda s: [s.pop(n) for n in list(s) if "embed" in n or "head" in n],
          "no name ends in model.embed_tokens.weight or lm_head.weight"),
@@ -448,6 +457,16 @@ def test_state_dicts_that_do_not_fit(untied, tmp_path, capsys, edit, message):
     assert message in said and "Traceback" not in said
     assert all(line.startswith("error: ") for line in said.splitlines())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [(), ("--allow_changed_base", "true"), ("--export", "adapter")])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_no_numbers(untied, tmp_path, capsys, name, options, value):
+    """Neither in a row that the trainer added, nor in a frozen weight of whatever base."""
+    weights = edited(untied, tmp_path / "f.pth", lambda s: s[WRAPPED + name].view(-1)[-1].fill_(value))
+    said = refused(untied, weights, tmp_path, capsys, *options)
+    assert f"1 weights have NaN or infinite values, such as {name}" in said
 
 
 def test_vocabulary_smaller_than_the_tokenizer(untied, tmp_path, capsys):

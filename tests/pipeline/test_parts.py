@@ -31,7 +31,7 @@ from pipeline.latent.parts import (
     Weighting,
 )
 from pipeline.latent.recompute import enable_checkpointing
-from pipeline.latent.schedules import Schedule, choose_schedule, latent_forward
+from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
 from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass, last_layers
@@ -246,12 +246,52 @@ def test_results_of_another_shape_are_refused(models, monkeypatch, options, part
         model(collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3))
 
 
-def test_parts_that_draw_run_once() -> None:
-    way = {"latent_grad": "detach", "checkpointing": True, "dropout": False, "gathers": True, "drawn_parts": True}
-    chosen = choose_schedule("auto", **way)
-    assert chosen.name == "segmented" and not chosen.whole_layers
-    with pytest.raises(UserError, match="prepass runs a latent step's parts twice"):
-        choose_schedule("prepass", **way)
+class Noisy(Feedback):
+    """Draws, and counts how often."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.drawn: list[Tensor] = []
+
+    def forward(self, reading: Reading) -> Tensor:
+        self.calls += 1
+        self.drawn.append(nn.functional.dropout(self.linear(reading.tip), 0.5, self.training))
+        return self.drawn[-1][:, None]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join([way[0], way[1], "checkpointed" if way[2] else "plain"]))
+def test_parts_run_once_a_step(models: tuple[Backbone, nn.Module], monkeypatch: pytest.MonkeyPatch, way: tuple) -> None:
+    """Whatever the schedule: what a part draws is what every pass reads, and what backward goes through."""
+    backbone, stock = models
+    monkeypatch.setitem(FEEDBACKS._parts, "noisy", Noisy)
+    method = method_of(backbone, latent_grad=way[0], feedback="noisy")
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
+    with checkpointed(backbone, way[2]):
+        trace = latent_forward(backbone, batch, method, SCHEDULES[way[1]])
+        nll = token_nll(trace.predictors(batch.latents), batch.labels, backbone.head)
+        ours = gradients([method], nll.mean())
+    assert method.feedback.calls == 3 and ours[0].abs().max() > 0
+    for step, drawn, embeds in zip(trace.steps, method.feedback.drawn, trace.embeds[1:], strict=False):
+        assert torch.equal(embeds[step.active, 2], drawn[step.active])
+    drawn = iter(method.feedback.drawn)
+    monkeypatch.setattr(Noisy, "forward", lambda self, reading: next(drawn).detach()[:, None])
+    again = latent_forward(backbone, batch, method)
+    expected = token_nll(again.predictors(batch.latents), batch.labels, backbone.head)
+    torch.testing.assert_close(nll, expected, atol=1e-5, rtol=0)
+
+
+def test_empty_slots_may_hold_no_numbers(models: tuple[Backbone, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of nothing is 0/0: of a row without a picture, or without a step."""
+    backbone, stock = models
+    odd = Weighting(lambda s, columns, filled: torch.where(filled, 1.0, torch.nan))
+    monkeypatch.setitem(WEIGHTINGS._parts, "odd", odd)
+    batch = collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3)
+    losses = [
+        LatentModel(backbone, LatentConfig(num_patches=2, weighting=name))(batch)[0].item() for name in ("copy", "odd")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_weighted_patches_carry_gradient_to_the_attention(models: tuple[Backbone, nn.Module]) -> None:
@@ -361,6 +401,18 @@ def test_last_columns_of_a_reading(models: tuple[Backbone, nn.Module]) -> None:
         naive = NaiveRow(stock, replace(row, latents=min(row.latents, 2)), LatentConfig(num_patches=2))
         expected = full_pass(stock, naive.embeds, naive.positions)[0][-4:]
         torch.testing.assert_close(hidden[i], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [{}, {"feedback": "none"}, {"feedback": "none", "selection": "all"}], ids=str)
+def test_tips_of_a_reading(models: tuple[Backbone, nn.Module], parts: dict[str, str]) -> None:
+    """Those of the trace, also where a step inserted nothing."""
+    backbone, stock = models
+    trace = latent_forward(
+        backbone, collate(rows_of(stock, [2, 0, 3, 1]), family_of(stock).format, 3), method_of(backbone, **parts)
+    )
+    reading = trace.steps[2].reading
+    assert reading.tips.shape[1] == 3 and torch.equal(reading.tips[:, -1], reading.tip)
+    assert torch.equal(reading.tips, torch.stack(trace.tips[:3], dim=1))
 
 
 class MeanOfFour(Feedback):

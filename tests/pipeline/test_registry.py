@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,16 +13,19 @@ from pydantic import ValidationError
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import engine, registry
+from pipeline.batch import collate
 from pipeline.build import method_line
 from pipeline.config import ROOT, load_config
 from pipeline.curriculum import COUNTS
 from pipeline.ds_config import Triangle, load_ds_config
 from pipeline.export import ExportInfo, check_plugin
-from pipeline.latent.method import LatentConfig, LatentMethod
+from pipeline.latent.method import REGISTRIES, LatentConfig, LatentMethod
 from pipeline.latent.parts import FEEDBACKS, HiddenState
+from pipeline.model import LatentModel
 from pipeline.plan import settings_hash, write_config
 from pipeline.prompt import PromptConfig
 from pipeline.registry import Registry, load_plugin
+from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
 
 
 def test_names_are_checked() -> None:
@@ -189,13 +193,36 @@ def test_parts_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         LatentMethod(LatentConfig(feedback="odd_part"), 16)
 
 
-def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FEEDBACKS._parts, "four", type("Four", (HiddenState,), {"read_layers": 4}))
+class Gate(HiddenState):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.gate = torch.nn.Parameter(torch.tensor(1.0))
+
+
+class Lazy(HiddenState):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.linear = torch.nn.LazyLinear(hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            type("Four", (HiddenState,), {"read_layers": 4}),
+            "latent.feedback four reads 4 layers .read_layers., the model has 2",
+        ),
+        (Gate, r"latent.feedback.gate is a parameter without dimensions; make it a vector of one: torch.ones\(1\)"),
+        (Lazy, "latent.feedback.linear.weight has no shape before it is used"),
+    ],
+)
+def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, part: type, said: str) -> None:
+    monkeypatch.setitem(FEEDBACKS._parts, "four", part)
     monkeypatch.setattr(engine, "text_config", lambda *_: SimpleNamespace(hidden_size=64, num_hidden_layers=2))
     monkeypatch.setattr(engine, "load_model", lambda *_: pytest.fail("loaded first"))
     config = load_config(None, {"latent.feedback": "four", "model.path": "m", "data.path": "d"})
     ds = load_ds_config(ROOT / "ds_configs" / "zero3.json")
-    with pytest.raises(UserError, match="latent.feedback four reads 4 layers .read_layers., the model has 2"):
+    with pytest.raises(UserError, match=said):
         engine.build_engine(config, ds, "m", Triangle(8, 1, 8, 1), None, torch.device("cpu"))
 
 
@@ -264,3 +291,52 @@ def test_exports_ask_for_the_same_text(idea: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {idea} is not the text") and said.count("\n") == 1
     check_plugin(folder, other.model_copy(update={"plugin": None, "plugin_hash": None}), False)
+
+
+FAILING = """from pipeline.latent.parts import *
+from pipeline.latent.select import SELECTIONS, Selection
+from beside_it import broken
+
+class Odd(Feedback):
+    def forward(self, reading):
+        return broken(reading)
+
+class Sum(Auxiliary):
+    def forward(self, trace, batch):
+        return trace.tips[-1] @ trace.tips[-1]
+
+FEEDBACKS.add("odd_part")(Odd)
+AUXILIARIES.add("odd_part")(Sum)
+SELECTIONS.add("odd_part")(Selection(lambda s, *rest: s[..., 9999]))
+WEIGHTINGS.add("odd_part")(Weighting(lambda s, *rest: s.nothing))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("feedback", "latent.feedback odd_part, line 7: RuntimeError: not today"),
+        ("auxiliary", r"latent.auxiliary odd_part, line 11: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("selection", "latent.selection odd_part, line 15: IndexError: index 9999 is out of bounds"),
+        ("weighting", "latent.weighting odd_part, line 16: AttributeError: 'Tensor' object has no attribute 'nothing'"),
+    ],
+)
+def test_a_failing_part_is_told_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, said: str
+) -> None:
+    """In training too; files beside the plugin can be imported.  This project's own errors stay."""
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "beside_it", raising=False)
+    for parts in REGISTRIES.values():
+        monkeypatch.setattr(parts, "_parts", dict(parts._parts))
+    (tmp_path / "beside_it.py").write_text("def broken(reading):\n    raise RuntimeError('not today')\n")
+    (tmp_path / "odd.py").write_text(FAILING)
+    load_plugin(tmp_path / "odd.py")
+    backbone, stock = tiny_models()
+    batch = collate([make_row(Shape([(2, 3)], latents=1), 0, stock)], FORMAT, 1)
+    with pytest.raises(UserError, match=said):
+        LatentModel(backbone, LatentConfig(num_patches=2, **{kind: "odd_part"}))(batch)
+    monkeypatch.setattr(HiddenState, "forward", lambda self, reading: reading.nothing)
+    with pytest.raises(AttributeError):
+        LatentModel(backbone, LatentConfig(num_patches=2))(batch)
