@@ -108,7 +108,7 @@ class DataConfig(Section):
     stream of rows never ends, so that no batch is incomplete, and one of a stage's `epochs` is as many rows as all data
     sets have together.  Validation takes the val splits of all; evaluation, without --data, the first one's."""
     cache_gb: float | None = Field(None, ge=0)
-    """Room for what is kept of a URL's shards (data_prep/storage/cache.py); 0 for none; default: IVTLR_CACHE_GB or 8."""
+    """Room for what is kept of a URL's shards (data_prep/storage/cache.py); 0: none; default IVTLR_CACHE_GB, or 8."""
     source: Literal["m3cot", "scienceqa", "jsonl", "webdataset", "trails"] | None = None
     """Make the folder from this source when it does not exist."""
     options: dict[str, str | int | float] = {}
