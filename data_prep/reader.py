@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample, content_hash
+from data_prep.example import MAX_BYTES, MAX_RECORD, Example, InvalidExample, content_hash
 from data_prep.index import RECORD, REMAKE, ShardEntry, SplitEntry, read_manifest
 from data_prep.storage import Location, Storage, open_storage
 
@@ -77,7 +77,10 @@ class ShardIndex:
         return int(np.searchsorted(self._starts, position, side="right")) - 1
 
     def key(self, position: int) -> str:
-        """The name of a sample in its tar."""
+        """The name of a sample in its tar; where the index is damaged its place there, as `train-000000.tar[7]`."""
+        shard = self.shard_of(position)
+        if self._problem(shard):
+            return f"{self.shards[shard]['name']}[{position - int(self._starts[shard])}]"
         return _key(self.records[position])
 
     def read(self, position: int) -> Example:
@@ -91,7 +94,7 @@ class ShardIndex:
         entry: ShardEntry = self.shards[shard]
         name = entry["name"]
         if problem := self._problem(shard):
-            raise BadSample(f"{name}[{position - int(self._starts[shard])}]", problem)
+            raise BadSample(self.key(position), problem)
         try:
             json_member, image_member = self._members(entry, record)
         except OSError as error:
@@ -120,17 +123,20 @@ class ShardIndex:
         return self._checked[shard]
 
     def problem_of_shard(self, shard: int) -> str:
-        """What is wrong with a shard's part of the index: it is not as written, or points outside; else empty."""
+        """What is wrong with a shard's part of the index, such as that it points outside; empty for nothing."""
         entry = self.shards[shard]
         part = self.records[self._starts[shard] : self._starts[shard + 1]]
         if hashlib.sha256(part.tobytes()).hexdigest() != entry["index_sha256"]:
             return f"the index of {entry['name']} is not the one that was written"
         size = np.uint64(entry["bytes"])
-        inside = bool(np.all(part["shard"] == shard))
-        for member in ("json", "image"):
+        inside, small = bool(np.all(part["shard"] == shard)), True
+        for member, most in (("json", MAX_RECORD), ("image", MAX_BYTES)):
             offsets, sizes = part[f"{member}_offset"], part[f"{member}_size"]
             inside = inside and bool(np.all((sizes <= size) & (offsets <= size - np.minimum(sizes, size))))
-        return "" if inside else f"the index points outside {entry['name']}"
+            small = small and bool(np.all(sizes <= most))  # else they would be read into memory before their hash
+        if not inside:
+            return f"the index points outside {entry['name']}"
+        return "" if small else f"the index of {entry['name']} has a sample larger than any that is written"
 
 
 def open_split(folder: Location, split: str, cache_gb: float | None = None) -> ShardIndex:

@@ -234,27 +234,6 @@ def matching(
     return [np.flatnonzero(row) for row in mine]
 
 
-def all_stages(
-    index: Index, builder: RowBuilder, curriculum: CurriculumConfig, share: Share, seed: int, data: Any, log: Any
-) -> list[StageSteps]:
-    """The data of every stage on this rank; ranks call it together.  data: `pipeline.config.DataConfig`.
-
-    Samples are read, for stages with `where`, once for all of them.
-    """
-    wheres = list({repr(stage.where): stage.where for stage in curriculum.stages if stage.where}.values())
-    found: list[np.ndarray] = []
-    if wheres:
-        log.info("reading %d samples for curriculum.stages.where", len(index))
-        found = matching(index, wheres, data.workers, share.rank, share.world, log.info)
-    return [
-        StageSteps(
-            index, builder, curriculum, number, share, seed, data.last_batch, data.group_by_length,
-            found[wheres.index(stage.where)] if stage.where else None,
-        )
-        for number, stage in enumerate(curriculum.stages)
-    ]  # fmt: skip
-
-
 def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> np.ndarray:
     """About how many columns the rows of samples have, (samples,) int64, from the index records alone.
 

@@ -308,8 +308,8 @@ def test_passes_with_mix_are_the_most_of_any_stage_so_far(index: ShardIndex, bui
 def test_a_corrupted_sample_is_a_masked_row(index: ShardIndex, broken: ShardIndex, builder: RowBuilder) -> None:
     """It keeps its slot, says its key and reason, and changes no other row."""
     sound, damaged = all_steps(steps(index, builder)), all_steps(steps(broken, builder))
-    reasons = [line for step in damaged for batch in step for line in batch.bad]
-    assert reasons == ["000000009: its bytes in train-000002.tar are not those that were written"] * 2  # two epochs
+    found = [row for step in damaged for batch in step for row in batch.bad]
+    assert found == [("000000009", "its bytes in train-000002.tar are not those that were written")] * 2  # two epochs
     for before, after in zip(sound, damaged, strict=True):
         assert [b.keys for b in after] == [b.keys for b in before]
         assert rows(after) == [row for row in rows(before) if row != 9]
@@ -337,8 +337,7 @@ def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: Row
     batch = steps(index, greedy)[0][0]
     assert len(batch.bad) == 3 and not batch.target_mask.any() and not batch.has_images and batch.passes == 1
     fmt = builder.processor.row_format
-    reasons = [line.split(": ", 1) for line in batch.bad]
-    assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in reasons], fmt, 1))
+    assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in batch.bad], fmt, 1))
 
 
 ROTATED = Image.new("RGB", (60, 90)).getexif()
