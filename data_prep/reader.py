@@ -19,6 +19,9 @@ from data_prep.example import MAX_BYTES, MAX_RECORD, Example, InvalidExample, co
 from data_prep.index import RECORD, REMAKE, ShardEntry, SplitEntry, read_manifest
 from data_prep.storage import Location, Storage, open_storage
 
+_HEAD = 2**16
+"""Bytes of the head of an index, at most."""
+
 
 class BadSample(Exception):
     """A sample that cannot be used, by the key that names it in its tar."""
@@ -59,7 +62,7 @@ class ShardIndex:
         """(samples,) of `RECORD`, mapped from the file, unchecked.  Raises UserError where it does not fit."""
         path = self.storage.describe(self._index["name"])
         try:
-            records = self.storage.array(self._index)
+            records = self.storage.array(self._index, _HEAD + len(self) * RECORD.itemsize)
         except Exception as error:  # numpy reads the head as Python's grammar has it, with as many kinds of errors
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({reason}); {REMAKE}") from None
@@ -91,31 +94,37 @@ class ShardIndex:
             was made from.
         """
         shard, record = self.shard_of(position), self.records[position]
-        entry: ShardEntry = self.shards[shard]
-        name = entry["name"]
+        name = self.shards[shard]["name"]
         if problem := self._problem(shard):
             raise BadSample(self.key(position), problem)
         try:
-            json_member, image_member = self._members(entry, record)
+            members = self._members(self.shards[shard], record)
         except OSError as error:
             raise BadSample(_key(record), f"{name} cannot be read: {error.strerror or error}") from error
+        if members is None:
+            self._checked.pop(shard, None)  # its part of the index may be damaged since
+            problem = self._problem(shard) or f"its bytes in {name} are not those that were written"
+            raise BadSample(self.key(position), problem)
+        json_member, image_member = members
         try:
             return Example.from_record(json.loads(json_member), image_member if record["extension"] else None)
         except (ValueError, TypeError, RecursionError) as error:  # InvalidExample is a ValueError
             reason = str(error) if isinstance(error, InvalidExample) else f"not an Example: {error}"
             raise BadSample(_key(record), reason) from error
 
-    def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes]:
-        """The JSON and the picture of a sample, which have its hash.  Raises BadSample or OSError."""
+    def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes] | None:
+        """The JSON and the picture of a sample, which have its hash; None where nothing has it.  Raises OSError."""
         text = int(record["json_offset"]), int(record["json_size"])
         picture = int(record["image_offset"]), int(record["image_size"])
+        if text[1] > MAX_RECORD or picture[1] > MAX_BYTES or max(sum(text), sum(picture)) > shard["bytes"]:
+            return None  # the record has changed since it was checked
         for _ in range(2):
             json_member, image_member = self.storage.read_parts(shard, text, picture)
             if content_hash(json_member, image_member) == record["hash"].tobytes():
                 return json_member, image_member
             if not self.storage.forget(shard, text, picture):
                 break
-        raise BadSample(_key(record), f"its bytes in {shard['name']} are not those that were written")
+        return None
 
     def _problem(self, shard: int) -> str:
         if shard not in self._checked:

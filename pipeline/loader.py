@@ -5,6 +5,7 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -179,6 +180,20 @@ def _end_on_term(rank: int) -> None:
     if signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         signal.sigtimedwait({signal.SIGTERM}, LAST_SECONDS)
     os._exit(0)
+
+
+@contextlib.contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Turn the end of a loader's worker process, which torch tells at any place, into one line.  Raises UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a loader's worker process was ended from outside, by a signal or for want of memory ({error}); start the"
+            " same command again, with fewer data.workers if memory is short"
+        ) from None
 
 
 STRETCH = 256

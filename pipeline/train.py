@@ -39,7 +39,7 @@ from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
-from pipeline.loader import Share, StageSteps, steps_from
+from pipeline.loader import Share, StageSteps, lost_workers_told, steps_from
 from pipeline.monitor import (
     Monitor,
     Progress,
@@ -93,7 +93,7 @@ def main(
             lease.acquire()
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
-        with full_disk_told(plan.out):
+        with full_disk_told(plan.out), lost_workers_told():
             Run(plan, world, lease).train()
         distributed.stop()
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -26,7 +28,17 @@ from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, _Matches, _outlast_signals, matching, steps_from, training_row
+from pipeline.loader import (
+    Share,
+    StageSteps,
+    _loaded,
+    _Matches,
+    _outlast_signals,
+    lost_workers_told,
+    matching,
+    steps_from,
+    training_row,
+)
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
 from tests.pipeline.examples import make_example, picture
@@ -338,6 +350,20 @@ def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: Row
     assert len(batch.bad) == 3 and not batch.target_mask.any() and not batch.has_images and batch.passes == 1
     fmt = builder.processor.row_format
     assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in batch.bad], fmt, 1))
+
+
+class Ended(list[int]):
+    """A data set whose reading is the end of the process, as a mapped file that was cut short makes it."""
+
+    def __getitem__(self, item: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_worker_that_is_ended_is_one_line() -> None:
+    with pytest.raises(UserError, match="worker process was ended from outside.*start the"), lost_workers_told():
+        next(_loaded(Ended([1]), range(1), 1))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="another"), lost_workers_told():
+        raise RuntimeError("another")
 
 
 ROTATED = Image.new("RGB", (60, 90)).getexif()
