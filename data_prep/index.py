@@ -136,8 +136,13 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write `manifest.json` with the format's version and a hash of the rest; returns what was written."""
     manifest = {**content, "format": FORMAT}
     manifest["hash"] = _manifest_hash(manifest)
-    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / "manifest.json", manifest_text(manifest))
     return manifest
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The text of `manifest.json`."""
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
 
 
 def read_manifest(location: Location | Storage) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample, content_hash
+from data_prep.example import MAX_BYTES, MAX_RECORD, Example, InvalidExample, content_hash
 from data_prep.index import RECORD, REMAKE, ShardEntry, SplitEntry, read_manifest
 from data_prep.storage import Location, Storage, open_storage
+
+_HEAD = 2**16
+"""Bytes of the head of an index, at most."""
 
 
 class BadSample(Exception):
@@ -59,7 +62,7 @@ class ShardIndex:
         """(samples,) of `RECORD`, mapped from the file, unchecked.  Raises UserError where it does not fit."""
         path = self.storage.describe(self._index["name"])
         try:
-            records = self.storage.array(self._index)
+            records = self.storage.array(self._index, _HEAD + len(self) * RECORD.itemsize)
         except Exception as error:  # numpy reads the head as Python's grammar has it, with as many kinds of errors
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({reason}); {REMAKE}") from None
@@ -77,7 +80,10 @@ class ShardIndex:
         return int(np.searchsorted(self._starts, position, side="right")) - 1
 
     def key(self, position: int) -> str:
-        """The name of a sample in its tar."""
+        """The name of a sample in its tar; where the index is damaged its place there, as `train-000000.tar[7]`."""
+        shard = self.shard_of(position)
+        if self._problem(shard):
+            return f"{self.shards[shard]['name']}[{position - int(self._starts[shard])}]"
         return _key(self.records[position])
 
     def read(self, position: int) -> Example:
@@ -88,31 +94,37 @@ class ShardIndex:
             was made from.
         """
         shard, record = self.shard_of(position), self.records[position]
-        entry: ShardEntry = self.shards[shard]
-        name = entry["name"]
+        name = self.shards[shard]["name"]
         if problem := self._problem(shard):
-            raise BadSample(f"{name}[{position - int(self._starts[shard])}]", problem)
+            raise BadSample(self.key(position), problem)
         try:
-            json_member, image_member = self._members(entry, record)
+            members = self._members(self.shards[shard], record)
         except OSError as error:
             raise BadSample(_key(record), f"{name} cannot be read: {error.strerror or error}") from error
+        if members is None:
+            self._checked.pop(shard, None)  # its part of the index may be damaged since
+            problem = self._problem(shard) or f"its bytes in {name} are not those that were written"
+            raise BadSample(self.key(position), problem)
+        json_member, image_member = members
         try:
             return Example.from_record(json.loads(json_member), image_member if record["extension"] else None)
         except (ValueError, TypeError, RecursionError) as error:  # InvalidExample is a ValueError
             reason = str(error) if isinstance(error, InvalidExample) else f"not an Example: {error}"
             raise BadSample(_key(record), reason) from error
 
-    def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes]:
-        """The JSON and the picture of a sample, which have its hash.  Raises BadSample or OSError."""
+    def _members(self, shard: ShardEntry, record: np.void) -> tuple[bytes, bytes] | None:
+        """The JSON and the picture of a sample, which have its hash; None where nothing has it.  Raises OSError."""
         text = int(record["json_offset"]), int(record["json_size"])
         picture = int(record["image_offset"]), int(record["image_size"])
+        if text[1] > MAX_RECORD or picture[1] > MAX_BYTES or max(sum(text), sum(picture)) > shard["bytes"]:
+            return None  # the record has changed since it was checked
         for _ in range(2):
             json_member, image_member = self.storage.read_parts(shard, text, picture)
             if content_hash(json_member, image_member) == record["hash"].tobytes():
                 return json_member, image_member
             if not self.storage.forget(shard, text, picture):
                 break
-        raise BadSample(_key(record), f"its bytes in {shard['name']} are not those that were written")
+        return None
 
     def _problem(self, shard: int) -> str:
         if shard not in self._checked:
@@ -120,17 +132,20 @@ class ShardIndex:
         return self._checked[shard]
 
     def problem_of_shard(self, shard: int) -> str:
-        """What is wrong with a shard's part of the index: it is not as written, or points outside; else empty."""
+        """What is wrong with a shard's part of the index, such as that it points outside; empty for nothing."""
         entry = self.shards[shard]
         part = self.records[self._starts[shard] : self._starts[shard + 1]]
         if hashlib.sha256(part.tobytes()).hexdigest() != entry["index_sha256"]:
             return f"the index of {entry['name']} is not the one that was written"
         size = np.uint64(entry["bytes"])
-        inside = bool(np.all(part["shard"] == shard))
-        for member in ("json", "image"):
+        inside, small = bool(np.all(part["shard"] == shard)), True
+        for member, most in (("json", MAX_RECORD), ("image", MAX_BYTES)):
             offsets, sizes = part[f"{member}_offset"], part[f"{member}_size"]
             inside = inside and bool(np.all((sizes <= size) & (offsets <= size - np.minimum(sizes, size))))
-        return "" if inside else f"the index points outside {entry['name']}"
+            small = small and bool(np.all(sizes <= most))  # else they would be read into memory before their hash
+        if not inside:
+            return f"the index points outside {entry['name']}"
+        return "" if small else f"the index of {entry['name']} has a sample larger than any that is written"
 
 
 def open_split(folder: Location, split: str, cache_gb: float | None = None) -> ShardIndex:

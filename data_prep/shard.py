@@ -26,7 +26,7 @@ from data_prep.making.crew import crew
 from data_prep.making.duplicates import digests_of, write_sorted
 from data_prep.making.made_from import MadeFrom, difference, fingerprint, made_from
 from data_prep.making.parts import ALSO_IN, PARTS, Shard, TextOnly, make_shard
-from data_prep.making.publish import locked, publishing, recover, remove_unfinished, settle, tidy
+from data_prep.making.publish import check_ours, locked, publishing, recover, remove_unfinished, settle, tidy
 from data_prep.making.verify import check_folder
 from data_prep.sources import SPLITS, Source, open_source, source_options
 from data_prep.sources.folders import check_apart
@@ -73,7 +73,7 @@ def build(
     if workers < 1 or samples_per_shard < 1:
         raise UserError("--workers and --samples_per_shard: expected 1 or more")
     table = open_source(source, input, options)
-    check_apart(table.input(), out)
+    check_apart(table.input(), out, (REJECTS, "manifest.json", PARTS))
     if not table.splits():
         raise UserError(f"--source {source}: {input or 'it'} has no rows")
     if split != "all" and split not in table.splits():
@@ -112,6 +112,7 @@ class _Build:
         """Make the splits `wanted`; returns the manifest of all."""
         self.fingerprint = fingerprint(self.made_from)
         settled = recover(self.out, self.fingerprint)
+        check_ours(self.out)
         older = self._older_manifest()
         self.older = older.get("splits", {})
         if settled and self.older.keys() >= set(wanted):

@@ -92,8 +92,8 @@ class Batch:
     has_images: bool
     """Whether `pixel_values` are rows' images; else they are the blank one"""
     keys: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    """`key: reason` of rows masked because their sample could not be used"""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of rows masked because their sample could not be used"""
     dropped_steps: int = 0
     overlong: int = 0
     """Rows masked because they are too long"""
@@ -172,7 +172,7 @@ def collate(rows: Sequence[Row], fmt: RowFormat, passes: int) -> Batch:
         passes=passes,
         has_images=has_images,
         keys=[row.key for row in rows],
-        bad=[f"{row.key}: {row.bad}" for row in rows if row.bad],
+        bad=[(row.key, row.bad) for row in rows if row.bad],
         dropped_steps=sum(row.dropped_steps for row in rows),
         overlong=sum(row.overlong for row in rows),
     )

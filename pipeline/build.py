@@ -16,7 +16,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
-from pipeline.loader import Share, StageSteps, all_stages
+from pipeline.fitting import all_stages
+from pipeline.loader import Share, StageSteps
 from pipeline.mixture import Index, Mixture
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
@@ -60,7 +61,9 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
             prepare.check_patches(index, processor, taken)
     builder = RowBuilder(processor, config.prompt, taken)
     share = Share(world.rank, world.size, plan.triangle.global_batch, plan.triangle.micro_batch)
-    stages = all_stages(indexes["train"], builder, config.curriculum, share, config.train.seed, config.data, log)
+    stages = all_stages(
+        indexes["train"], builder, config.curriculum, share, config.train.seed, config.data, log, plan.out / "where"
+    )
     base_hash = prepare.base_hash(base, without_frozen(config), config.model.revision) if world.main else ""
     base_hash = distributed.from_main(base_hash)
     for start in plan.starts.values():

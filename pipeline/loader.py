@@ -5,6 +5,7 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -181,6 +182,20 @@ def _end_on_term(rank: int) -> None:
     os._exit(0)
 
 
+@contextlib.contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Turn the end of a loader's worker process, which torch tells at any place, into one line.  Raises UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a loader's worker process was ended from outside, by a signal or for want of memory ({error}); start the"
+            " same command again, with fewer data.workers if memory is short"
+        ) from None
+
+
 STRETCH = 256
 """Samples that `matching` reads at a time."""
 PROGRESS_SECONDS = 10
@@ -232,27 +247,6 @@ def matching(
         parts = distributed.gather((np.packbits(mine, axis=1), mine.shape[1]))
         mine = np.concatenate([np.unpackbits(bits, axis=1, count=count) for bits, count in parts], axis=1)
     return [np.flatnonzero(row) for row in mine]
-
-
-def all_stages(
-    index: Index, builder: RowBuilder, curriculum: CurriculumConfig, share: Share, seed: int, data: Any, log: Any
-) -> list[StageSteps]:
-    """The data of every stage on this rank; ranks call it together.  data: `pipeline.config.DataConfig`.
-
-    Samples are read, for stages with `where`, once for all of them.
-    """
-    wheres = list({repr(stage.where): stage.where for stage in curriculum.stages if stage.where}.values())
-    found: list[np.ndarray] = []
-    if wheres:
-        log.info("reading %d samples for curriculum.stages.where", len(index))
-        found = matching(index, wheres, data.workers, share.rank, share.world, log.info)
-    return [
-        StageSteps(
-            index, builder, curriculum, number, share, seed, data.last_batch, data.group_by_length,
-            found[wheres.index(stage.where)] if stage.where else None,
-        )
-        for number, stage in enumerate(curriculum.stages)
-    ]  # fmt: skip
 
 
 def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
-from pipeline.loader import Share, StageSteps, steps_from
+from pipeline.loader import Share, StageSteps, lost_workers_told, steps_from
 from pipeline.monitor import (
     Monitor,
     Progress,
@@ -93,7 +93,7 @@ def main(
             lease.acquire()
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
-        with full_disk_told(plan.out):
+        with full_disk_told(plan.out), lost_workers_told():
             Run(plan, world, lease).train()
         distributed.stop()
     finally:
@@ -277,10 +277,10 @@ class Run:
         """Name samples that could not be used, each once; stop past `data.max_bad` of them.  `bad`: on all ranks."""
         if not bad:
             return
-        lines = {line for part in distributed.gather([line for b in micro_batches for line in b.bad]) for line in part}
-        for line in sorted(lines - self.bad_keys):
-            self.sparing("skipped %s", line)
-        self.bad_keys |= lines
+        found = dict(row for part in distributed.gather([row for b in micro_batches for row in b.bad]) for row in part)
+        for key in sorted(found.keys() - self.bad_keys):
+            self.sparing("skipped %s: %s", key, found[key])
+        self.bad_keys |= found.keys()
         if len(self.bad_keys) > self.config.data.max_bad:
             self.sparing.tell_rest()
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -102,6 +103,32 @@ def short(h: Handler) -> bool:
 def long(h: Handler) -> bool:
     h.answer(206, h.content[slice(*h.part)] + b"x", h.part[0])
     return True
+
+
+def endless(h: Handler) -> bool:
+    """More and more comes, of a length that was not told."""
+    h.send_response(206 if h.headers.get("Range") else 200)
+    h.send_header("Content-Range", f"bytes {h.part[0]}-{h.part[1] - 1}/{len(h.content)}")
+    h.send_header("Transfer-Encoding", "chunked")
+    h.end_headers()
+    block = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    with contextlib.suppress(OSError):  # the other side has left
+        for _ in range(2**14):  # a gigabyte
+            h.wfile.write(block)
+    return hung_up(h)
+
+
+def packed(h: Handler) -> bool:
+    """What unpacks to a hundred times as much."""
+    body = gzip.compress(bytes(10**7))
+    h.send_response(206 if h.headers.get("Range") else 200)
+    h.send_header("Content-Range", f"bytes {h.part[0]}-{h.part[1] - 1}/{len(h.content)}")
+    h.send_header("Content-Encoding", "gzip")
+    h.send_header("Transfer-Encoding", "chunked")
+    h.end_headers()
+    with contextlib.suppress(OSError):
+        h.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+    return hung_up(h)
 
 
 def elsewhere(h: Handler) -> bool:

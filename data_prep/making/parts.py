@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.example import HASH_BYTES, Example, InvalidExample, image_extension, question_hash
+from data_prep.example import HASH_BYTES, Example, InvalidExample, image_extension, question_hash, shortened
 from data_prep.files import atomic_path, parse_json, sha256, write_atomic
 from data_prep.index import RECORD, scan_tar, write_records
 from data_prep.making.crew import Progress
@@ -148,7 +148,7 @@ def _examples(table: Source, shard: Shard, record: Record, progress: Progress) -
             if not reason:
                 yield row, example
                 continue
-        line = {"source": table.name, "split": shard.split, "key": _key(row), "row": row, "id": str(id)}
+        line = {"source": table.name, "split": shard.split, "key": _key(row), "row": row, "id": shortened(str(id))}
         record.rejects.append(line | {"reason": reason})
 
 

@@ -25,6 +25,7 @@ from data_prep.index import read_manifest, write_manifest
 from data_prep.making.parts import PARTS, Shard
 from data_prep.sources import SPLITS
 
+_TAR = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6,}}\.tar")
 _PATIENCE = 5.0
 """Seconds that a killed run's processes have to end."""
 
@@ -83,6 +84,16 @@ def recover(out: Path, made_from: str) -> bool:
     return settled
 
 
+def check_ours(out: Path) -> None:
+    """Raise UserError where tars are somebody else's that a finished folder's would replace, or remove."""
+    if (out / "manifest.json").exists():
+        return
+    names = sorted(path.name for path in out.iterdir() if path.is_file())
+    strangers = [name for name in names if _TAR.fullmatch(name) and f"{name.partition('-')[0]}.index.npy" not in names]
+    if strangers:
+        raise UserError(f"--out {out} holds {strangers[0]}, which this program did not write; choose another folder")
+
+
 def settle(out: Path, shards: Iterable[Shard], content: dict[str, Any]) -> dict[str, Any]:
     """Add tars and the manifest of `content` to what is gathered, and put all of it in place; returns the manifest."""
     for shard in shards:
@@ -102,7 +113,7 @@ def put_in_place(out: Path) -> None:
     # A reader that takes SPLIT-*.tar must not find the tars of an earlier, longer run.
     current = {shard["name"] for part in manifest["splits"].values() for shard in part["shards"]}
     for path in out.iterdir():
-        if re.fullmatch(rf"({'|'.join(SPLITS)})-[0-9]{{6,}}\.tar", path.name) and path.name not in current:
+        if _TAR.fullmatch(path.name) and path.name not in current:
             path.unlink()
     os.replace(publishing(out) / "manifest.json", out / "manifest.json")
 

@@ -19,7 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from data_prep.errors import UserError
 from data_prep.example import content_hash, question_hash
 from data_prep.files import sha256
-from data_prep.index import RECORD, ShardEntry, read_manifest
+from data_prep.index import RECORD, ShardEntry, manifest_text, read_manifest
 from data_prep.making.crew import Progress, crew
 from data_prep.sources import SPLITS
 
@@ -86,6 +86,8 @@ def _jobs(manifest: dict[str, Any]) -> Iterator[_File | _Tar]:
 
 def _of_manifest(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """What the manifest's own figures, and the names in the folder, disagree in."""
+    if (folder / "manifest.json").read_bytes() != manifest_text(manifest).encode():  # such as spaces, or a key twice
+        yield "manifest.json: is not as it was written"
     for split, part in manifest["splits"].items():
         counts = part["counts"]
         if sum(shard["samples"] for shard in part["shards"]) != part["samples"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -39,8 +40,14 @@ def split_of(*parts: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
-def check_apart(input: object, out: Path) -> None:
-    """Raise UserError where tars that are read lie where tars are written, and those of earlier runs removed."""
+def check_apart(input: object, out: Path, written: Collection[str]) -> None:
+    """Raise UserError where what is read lies where it would be replaced or removed.
+
+    Those are tars, of which the ones of earlier runs go, and what is called as one of `written` or in such a folder.
+    """
+    folder = out.resolve()
     for path in input.values() if isinstance(input, dict) else ():
-        if path.suffix == ".tar" and path.resolve().is_relative_to(out.resolve()):
+        if not (place := path.resolve()).is_relative_to(folder):
+            continue
+        if path.suffix == ".tar" or place.relative_to(folder).parts[0] in written:
             raise UserError(f"--out {out} holds the input {path.name}; choose another folder")

@@ -53,8 +53,11 @@ class Storage(Protocol):
     def forget(self, shard: ShardEntry, *parts: Part) -> bool:
         """Drop what is kept of parts that hold other bytes than they should; whether there is sense in another try."""
 
-    def array(self, index: IndexEntry) -> np.ndarray:
-        """The array in a .npy file, mapped if possible.  Raises OSError, or ValueError where it holds none."""
+    def array(self, index: IndexEntry, most: int) -> np.ndarray:
+        """The array in a .npy file of at most so many bytes, mapped if possible.
+
+        Raises OSError, or ValueError where it holds none.
+        """
 
 
 class LocalStorage:
@@ -85,7 +88,7 @@ class LocalStorage:
     def forget(self, shard: ShardEntry, *parts: Part) -> bool:
         return False
 
-    def array(self, index: IndexEntry) -> np.ndarray:
+    def array(self, index: IndexEntry, most: int) -> np.ndarray:
         return self._persist(lambda: np.lib.format.open_memmap(self.folder / index["name"], mode="r"))
 
     def _persist(self, action: Callable[[], T]) -> T:

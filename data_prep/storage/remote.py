@@ -17,6 +17,7 @@ import re
 import ssl
 import weakref
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +47,12 @@ CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
 """HTTP: for a connection, and between two pieces of an answer."""
 PART_SECONDS, WHOLE_SECONDS = 60.0, 1800.0
 """For the answer with a part or a small file, and with a whole one."""
+MOST_SMALL = 2**27
+"""Bytes of a manifest: that of a folder of ten million samples has some 4 million."""
+_MOST_TOLD = 2**20
+"""Bytes of a page with which a server says what is wrong."""
+_most: ContextVar[int] = ContextVar("most", default=MOST_SMALL)
+"""HTTP: bytes that the answer to this request can have; a server may send them for ever."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT}
 """What this machine's disk says where nothing can be kept."""
@@ -89,7 +96,7 @@ class RemoteStorage:
         """A whole small file, or the last one that came where the server is out of reach."""
         kept = f"last-{hashlib.sha256(self._file(name).encode()).hexdigest()}"
         try:
-            content = self._small(name)
+            content = self._small(name, MOST_SMALL)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -141,9 +148,9 @@ class RemoteStorage:
                 self._cache.remove(_block(shard, n))
         return self._server not in _LOST
 
-    def array(self, index: IndexEntry) -> np.ndarray:
+    def array(self, index: IndexEntry, most: int) -> np.ndarray:
         if self._cache is None:
-            return self._array_in_memory(index)
+            return self._array_in_memory(index, most)
         path = self._cache.folder / index["sha256"]
         with contextlib.suppress(OSError):  # it is not there, or others just make room
             if sha256(path) == index["sha256"]:
@@ -151,24 +158,24 @@ class RemoteStorage:
                 return np.lib.format.open_memmap(path, mode="r")
         try:
             with self._cache.temporary() as temporary:
-                self._whole(index, temporary, OPEN_SECONDS)
+                self._whole(index, temporary, OPEN_SECONDS, most)
                 mapped = np.lib.format.open_memmap(temporary, mode="r")  # stays when the file goes
                 self._cache.adopt(path.name, temporary)
                 return mapped
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
-        return self._array_in_memory(index)
+        return self._array_in_memory(index, most)
 
-    def _array_in_memory(self, index: IndexEntry) -> np.ndarray:
-        content = self._small(index["name"])
+    def _array_in_memory(self, index: IndexEntry, most: int) -> np.ndarray:
+        content = self._small(index["name"], most)
         if hashlib.sha256(content).hexdigest() != index["sha256"]:
             raise _OtherContent("it is not the one of the manifest")
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
-    def _small(self, name: str) -> bytes:
+    def _small(self, name: str, most: int) -> bytes:
         """A file that fits into memory."""
-        return self._ask(name, lambda at, path: at.files.cat_file(path, **at.within(PART_SECONDS)), OPEN_SECONDS)
+        return self._ask(name, lambda at, path: at.files.cat_file(path, **at.within(PART_SECONDS)), OPEN_SECONDS, most)
 
     def _part(self, shard: ShardEntry, start: int, stop: int) -> bytes:
         def ask(at: _Connection, path: str) -> bytes:
@@ -178,7 +185,7 @@ class RemoteStorage:
             return content
 
         try:
-            return self._ask(shard["name"], ask, READ_SECONDS)
+            return self._ask(shard["name"], ask, READ_SECONDS, stop - start)
         except _Whole:
             return self._part_of_whole(shard, start, stop)
 
@@ -187,12 +194,12 @@ class RemoteStorage:
         if self._cache is None or not self._cache.writable or shard["bytes"] > self._cache.limit // 2:
             raise OSError("the server gives no parts of files (HTTP Range), and there is no room in the cache for all")
         with self._cache.temporary() as temporary:
-            self._whole(shard, temporary, READ_SECONDS)
+            self._whole(shard, temporary, READ_SECONDS, shard["bytes"])
             with open(temporary, "rb") as file:
                 self._keep(shard, 0, file)
                 return os.pread(file.fileno(), stop - start, start)
 
-    def _whole(self, entry: IndexEntry | ShardEntry, to: Path, seconds: float) -> None:
+    def _whole(self, entry: IndexEntry | ShardEntry, to: Path, seconds: float, most: int) -> None:
         """Fetch a file and check its hash."""
 
         def ask(at: _Connection, path: str) -> None:
@@ -200,7 +207,7 @@ class RemoteStorage:
             if sha256(to) != entry["sha256"]:
                 raise _OtherContent("it is not the one of the manifest")
 
-        self._ask(entry["name"], ask, seconds)
+        self._ask(entry["name"], ask, seconds, most)
 
     def _keep(self, shard: ShardEntry, start: int, content: Any) -> None:
         """Blocks of a tar, from the one at `start`, for as long as the file `content` has some."""
@@ -208,10 +215,11 @@ class RemoteStorage:
         while self._cache and (block := content.read(BLOCK)) and self._cache.put(_block(shard, number), block):
             number += 1
 
-    def _ask(self, name: str, question: Callable[[_Connection, str], T], seconds: float) -> T:
+    def _ask(self, name: str, question: Callable[[_Connection, str], T], seconds: float, most: int) -> T:
         """`question` of (connection, path), asked until it is answered.  Raises OSError with a line that says why."""
 
         def ask() -> T:
+            _most.set(most)  # fsspec's thread works in this one's context
             return question(self._connect(), self._file(name))
 
         try:
@@ -292,7 +300,7 @@ class _Connection:
             "get_client": client,
             "client_kwargs": {
                 "timeout": aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS),
-                "middlewares": (_only_parts,),
+                "middlewares": (_only_parts, _bounded),
                 "headers": {"Accept-Encoding": "identity"},  # else a part is one of something else
                 "trust_env": True,  # proxies
             },
@@ -305,6 +313,37 @@ class _Connection:
                 sync(self.files.loop, self._session.close, timeout=5)
             except Exception as error:
                 logging.getLogger(__name__).debug("a connection could not be closed: %s", error)
+
+
+class _Body:
+    """The stream of an answer's body, which ends with an error where it is longer than `most` bytes."""
+
+    def __init__(self, stream: Any, most: int) -> None:
+        self._stream, self._left = stream, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def read(self, size: int = -1) -> bytes:
+        if size >= 0:
+            return self._counted(await self._stream.read(size))
+        blocks = []
+        while block := await self._stream.readany():
+            blocks.append(self._counted(block))
+        return b"".join(blocks)
+
+    def _counted(self, block: bytes) -> bytes:
+        self._left -= len(block)
+        if self._left < 0:
+            raise OSError("more bytes came than the file can have")
+        return block
+
+
+async def _bounded(request: Any, handler: Any) -> Any:
+    """Of no answer is more read than it can have, whatever its head says, or unpacks to."""
+    response = await handler(request)
+    response.content = _Body(response.content, _most.get() if response.status in (200, 206) else _MOST_TOLD)
+    return response
 
 
 async def _only_parts(request: Any, handler: Any) -> Any:
@@ -354,7 +393,7 @@ def _in_a_line(error: Exception) -> str:
     status = getattr(error, "status", None)
     text = re.sub(r"^\[Errno \d+\] ", "", str(error))
     if isinstance(status, int):
-        text = f"HTTP {status} {getattr(error, 'message', '')}"
+        text = f"HTTP {status} {getattr(error, 'message', '')}" if status else type(error).__name__  # such as redirects
     elif isinstance(error, TimeoutError | asyncio.TimeoutError):
         text = "no answer in time"
     return " ".join(text.split()) or type(error).__name__

@@ -147,6 +147,47 @@ def test_an_index_that_points_elsewhere_is_not_followed(trails: Path, name: str,
     assert bad_shard(trails, change, refit=True) == "the index points outside train-000001.tar"
 
 
+def test_a_size_that_nobody_writes_is_not_read_into_memory(trails: Path) -> None:
+    """A tar with a hole of gigabytes takes no room on a disk, but would in memory before its hash could be compared."""
+    hole, sizes = 2**31, read_manifest(trails)["splits"]["train"]["shards"][1]["bytes"]
+    with open(trails / "train-000001.tar", "r+b") as tar:
+        tar.truncate(sizes + hole)
+    edit_manifest(trails, lambda part: part["shards"][1].update(bytes=sizes + hole))
+
+    def change(part: np.ndarray) -> None:
+        part["image_size"][5] = hole
+
+    told = "the index of train-000001.tar has a sample larger than any that is written"
+    assert bad_shard(trails, change, refit=True) == told
+
+
+def test_keys_of_a_damaged_index_are_places(trails: Path) -> None:
+    """Else all samples of a part that was overwritten with zeros would have one name, and count as one."""
+
+    def change(part: np.ndarray) -> None:
+        part["key"] = b""
+
+    bad_shard(trails, change, refit=False)
+    index = open_split(trails, "train")
+    assert [index.key(row) for row in (9, 10, 11)] == ["000000009", "train-000001.tar[0]", "train-000001.tar[1]"]
+
+
+@pytest.mark.parametrize("byte", [0, 255])
+def test_an_index_that_is_damaged_while_it_is_read(trails: Path, byte: int) -> None:
+    """It is mapped, not copied: what was checked may change. Samples still have names of their own, and no memory."""
+    index = open_split(trails, "train")
+    assert index.read(12).id
+    path = trails / "train.index.npy"
+    size = len(index) * RECORD.itemsize
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size - size)
+        file.write(bytes([byte]) * size)
+    for row in (12, 13):
+        with pytest.raises(BadSample, match="the index of train-000001.tar is not the one that was written") as caught:
+            index.read(row)
+        assert caught.value.key == index.key(row) == f"train-000001.tar[{row - 10}]"
+
+
 def test_opening_reads_no_index(trails: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of ten million samples opens as fast as a small one."""
     index = open_split(trails, "train")

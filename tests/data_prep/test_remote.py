@@ -28,9 +28,11 @@ from tests.server import (
     changed,
     dropped,
     elsewhere,
+    endless,
     garbage,
     hung_up,
     long,
+    packed,
     serving,
     short,
     silent,
@@ -207,6 +209,29 @@ def test_whole_files_only(server: Server, examples: list[Example]) -> None:
     for too_small in (0, 30e-6):
         with pytest.raises(BadSample, match="gives no parts of files"):
             open_split(server.url, "test", too_small).read(0)
+
+
+@pytest.mark.parametrize("fault", [endless, packed])
+@pytest.mark.parametrize("cache_gb", [None, 0])
+def test_no_more_is_read_than_a_file_can_have(
+    server: Server, monkeypatch: pytest.MonkeyPatch, fault: Fault, cache_gb: float | None, tmp_path: Path
+) -> None:
+    """Whatever its head says: neither memory nor disk are the server's to fill."""
+    monkeypatch.setattr(remote, "MOST_SMALL", 10**6)
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 5.0)
+    index = open_split(server.url, "train", cache_gb)
+    told = "more bytes came than the file can have"
+    server.break_tars(fault)
+    with pytest.raises(BadSample, match=told):
+        index.read(3)
+    server.fault = lambda h: h.name == "val.index.npy" and fault(h)
+    with pytest.raises(UserError, match=told):
+        open_split(server.url, "val", cache_gb)
+    server.fault = fault
+    other = server.url.replace("127.0.0.1", "localhost")  # of which no manifest is kept
+    with pytest.raises(UserError, match=told):
+        open_split(other, "train", cache_gb)
+    assert sum(path.stat().st_size for path in tmp_path.glob("cache/*")) < 10**6
 
 
 # ---- opening -----------------------------------------------------------------------------------

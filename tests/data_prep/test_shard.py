@@ -145,6 +145,22 @@ def test_tars_of_a_longer_input_go_away(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.tar"))) == 2
 
 
+def test_tars_of_somebody_else_stay(tmp_path: Path) -> None:
+    (tmp_path / "train-000123.tar").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds train-000123\.tar, which this program did not write"):
+        build("trails", tmp_path, options=TRAILS)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000123.tar"]
+
+
+@pytest.mark.parametrize("name", ["rejects.jsonl", ".parts/own.jsonl"])
+def test_an_input_where_something_is_written_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / name).write_text(jsonl_rows("a"))
+    with pytest.raises(UserError, match="holds the input"):
+        build("jsonl", tmp_path, input=str(tmp_path / name))
+    assert (tmp_path / name).read_text() == jsonl_rows("a")
+
+
 def jsonl_rows(*ids: str, split: str = "train") -> str:
     row = {"question": "Up?", "choices": ["yes", "no"], "answer": 0, "rationale": "", "split": split}
     return "".join(json.dumps(row | {"id": id}) + "\n" for id in ids)

@@ -43,6 +43,14 @@ def edit(folder: Path, edited: Callable[[dict[str, Any]], None]) -> None:
     write_manifest(folder, manifest)
 
 
+@pytest.mark.parametrize("edited", [lambda text: text[:-1], lambda text: text.replace('"format": 2', '"format":  2')])
+def test_the_manifests_bytes_count_too(trails: Path, edited: Callable[[str], str]) -> None:
+    """What it says is held by its own hash; how it is written is not."""
+    path = trails / "manifest.json"
+    path.write_text(edited(path.read_text()))
+    assert found(trails) == ["manifest.json: is not as it was written"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_disagreements_are_named(trails: Path, workers: int) -> None:
     record = open_split(trails, "train").records[12]

@@ -51,7 +51,7 @@ def test_text_only_batch_has_a_blank_image() -> None:
 
 def test_masked_rows() -> None:
     batch = collate([masked_row(FORMAT), masked_row(FORMAT, "k", "why"), ROWS[0]], FORMAT, 1)
-    assert batch.bad == ["k: why"] and batch.keys == ["", "k", "a"]
+    assert batch.bad == [("k", "why")] and batch.keys == ["", "k", "a"]
     assert batch.labels[:2].tolist() == [[IGNORE, IGNORE]] * 2 and batch.latents.tolist() == [0, 0, 1]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -26,7 +28,17 @@ from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, _Matches, _outlast_signals, matching, steps_from, training_row
+from pipeline.loader import (
+    Share,
+    StageSteps,
+    _loaded,
+    _Matches,
+    _outlast_signals,
+    lost_workers_told,
+    matching,
+    steps_from,
+    training_row,
+)
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
 from tests.pipeline.examples import make_example, picture
@@ -308,8 +320,8 @@ def test_passes_with_mix_are_the_most_of_any_stage_so_far(index: ShardIndex, bui
 def test_a_corrupted_sample_is_a_masked_row(index: ShardIndex, broken: ShardIndex, builder: RowBuilder) -> None:
     """It keeps its slot, says its key and reason, and changes no other row."""
     sound, damaged = all_steps(steps(index, builder)), all_steps(steps(broken, builder))
-    reasons = [line for step in damaged for batch in step for line in batch.bad]
-    assert reasons == ["000000009: its bytes in train-000002.tar are not those that were written"] * 2  # two epochs
+    found = [row for step in damaged for batch in step for row in batch.bad]
+    assert found == [("000000009", "its bytes in train-000002.tar are not those that were written")] * 2  # two epochs
     for before, after in zip(sound, damaged, strict=True):
         assert [b.keys for b in after] == [b.keys for b in before]
         assert rows(after) == [row for row in rows(before) if row != 9]
@@ -337,8 +349,21 @@ def test_a_batch_of_bad_samples_is_still_a_batch(index: ShardIndex, builder: Row
     batch = steps(index, greedy)[0][0]
     assert len(batch.bad) == 3 and not batch.target_mask.any() and not batch.has_images and batch.passes == 1
     fmt = builder.processor.row_format
-    reasons = [line.split(": ", 1) for line in batch.bad]
-    assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in reasons], fmt, 1))
+    assert same(batch, collate([masked_row(fmt, key, reason) for key, reason in batch.bad], fmt, 1))
+
+
+class Ended(list[int]):
+    """A data set whose reading is the end of the process, as a mapped file that was cut short makes it."""
+
+    def __getitem__(self, item: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_worker_that_is_ended_is_one_line() -> None:
+    with pytest.raises(UserError, match="worker process was ended from outside.*start the"), lost_workers_told():
+        next(_loaded(Ended([1]), range(1), 1))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="another"), lost_workers_told():
+        raise RuntimeError("another")
 
 
 ROTATED = Image.new("RGB", (60, 90)).getexif()

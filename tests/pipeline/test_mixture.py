@@ -21,7 +21,8 @@ from pipeline import distributed, loader
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.config import RunConfig, load_config
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.loader import Share, StageSteps, all_stages, matching, steps_from
+from pipeline.fitting import all_stages
+from pipeline.loader import Share, StageSteps, matching, steps_from
 from pipeline.mixture import Mixture
 from pipeline.order import EpochOrder
 from pipeline.prepare import check_data, check_patches, spread
@@ -133,9 +134,9 @@ def test_validation_takes_rows_of_all(root: Path) -> None:
 def test_a_bad_sample_is_named_with_its_data_set(root: Path, builder: RowBuilder) -> None:
     greedy = RowBuilder(builder.processor, builder.config, 10)
     dataset = steps(mixture(root), greedy, stage=1)
-    bad = [line for step in range(len(dataset)) for batch in dataset[step] for line in batch.bad]
-    assert {line[:2] for line in bad} == {"a/", "b/"}
-    assert all(line[2:].startswith("0000000") and "10 patches a step" in line for line in bad)
+    bad = [row for step in range(len(dataset)) for batch in dataset[step] for row in batch.bad]
+    assert {key[:2] for key, _ in bad} == {"a/", "b/"}
+    assert all(key[2:].startswith("0000000") and "10 patches a step" in reason for key, reason in bad)
 
 
 # ---- identity ---------------------------------------------------------------------------------
@@ -215,13 +216,13 @@ class Counted:
         return self.index.read(position)
 
 
-def test_samples_are_read_once_for_all_stages(root: Path, builder: RowBuilder) -> None:
+def test_samples_are_read_once_for_all_stages(root: Path, builder: RowBuilder, tmp_path: Path) -> None:
     kinds = [{"kind": ["look"]}, {}, {"kind": ["describe", "follow", "neighbour"]}, {"kind": ["look"]}]
     stages = [StageConfig(latents=0, skip=0, steps=1, where=where) for where in kinds]
     index, said = Counted(open_split(root / "a", "train")), list[Any]()
     data = SimpleNamespace(workers=0, last_batch="pad", group_by_length=0)
     log = SimpleNamespace(info=lambda *args: said.append(args))
-    found = all_stages(index, builder, CurriculumConfig(stages=stages), Share(0, 1, 8, 8), 0, data, log)  # type: ignore[arg-type]
+    found = all_stages(index, builder, CurriculumConfig(stages=stages), Share(0, 1, 8, 8), 0, data, log, tmp_path)  # type: ignore[arg-type]
     assert set(index.reads.values()) == {1} and len(index.reads) == SIZES["a"] and said
     look, rest = found[0].chosen, found[2].chosen
     assert look is not None and rest is not None and found[1].chosen is None
@@ -241,6 +242,47 @@ def test_ranks_read_a_part_each(root: Path, monkeypatch: pytest.MonkeyPatch, wor
     found = matching(index, where, workers, 0, 3)
     assert [rows.tolist() for rows in found] == [rows.tolist() for rows in matching(index, where)]
     assert sum(map(len, found)) > 0
+
+
+def stages_of(folder: Path, kept: Path, builder: RowBuilder, where: Any, window: int = 0) -> list[StageSteps]:
+    data = SimpleNamespace(workers=0, last_batch="pad", group_by_length=window)
+    curriculum = CurriculumConfig(stages=[StageConfig(latents=0, skip=0, epochs=1, where=where)])
+    log: Any = SimpleNamespace(info=lambda *args: None)
+    return all_stages(open_split(folder, "train"), builder, curriculum, Share(0, 1, 8, 8), 0, data, log, kept)
+
+
+def test_samples_that_go_bad_later_move_no_others(root: Path, builder: RowBuilder, tmp_path: Path) -> None:
+    """A resumed run finds those that fit as they were at first, although one that did not fit is unreadable now."""
+    where, folder, kept = {"kind": ["look"]}, tmp_path / "a", tmp_path / "where"
+    shutil.copytree(root / "a", folder)
+    before = stages_of(folder, kept, builder, where)[0]
+    other = next(i for i in range(18) if before.index.read(i).fields["kind"] != "look")
+    tar = folder / before.index.shards[before.index.shard_of(other)]["name"]
+    content = bytearray(tar.read_bytes())
+    content[int(before.index.records[other]["json_offset"])] ^= 1
+    tar.write_bytes(content)
+    after = stages_of(folder, kept, builder, where)[0]
+    assert [after.slots(step) for step in range(len(after))] == [before.slots(step) for step in range(len(before))]
+    assert other in stages_of(folder, tmp_path / "anew", builder, where)[0].chosen  # type: ignore[operator]
+
+    (file,) = kept.iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UserError, match="is damaged: it says which samples fit"):
+        stages_of(folder, kept, builder, where)
+    assert len(stages_of(folder, kept, builder, {"kind": ["follow", "describe", "neighbour"]})) == 1
+
+
+def test_a_damaged_index_does_not_sort_samples(root: Path, builder: RowBuilder, tmp_path: Path) -> None:
+    """Without groups it costs a shard; with them it would give other batches than before, or than on other nodes."""
+    shutil.copytree(root / "a", tmp_path / "a")
+    index = np.lib.format.open_memmap(tmp_path / "a" / "train.index.npy", mode="r+")
+    index["json_size"][5] ^= 1
+    index.flush()
+    assert len(stages_of(tmp_path / "a", tmp_path / "where", builder, {})[0])
+    with pytest.raises(
+        UserError, match="group_by_length needs a sound index, but the index of train-000001.tar is not"
+    ):
+        stages_of(tmp_path / "a", tmp_path / "where", builder, {}, window=2)
 
 
 # ---- the check of the pictures' sizes ---------------------------------------------------------

@@ -113,6 +113,14 @@ def test_bad_samples_are_named_sparingly(run: Any) -> None:
     assert run.said[41:] == ["... and 1 more lines like these"]
 
 
+def test_a_sample_counts_once_whatever_its_reason(run: Any) -> None:
+    """The same in another epoch, when the disk says something else; and a name may hold what stands behind names."""
+    run.config = settings(**{"data.max_bad": "2"})
+    for reason in ("torn", "gone", "torn"):
+        step(run, [collate([masked_row(FORMAT, f"my: data/{n}", reason) for n in range(2)], FORMAT, 0)])
+    assert run.said == ["skipped my: data/0: torn", "skipped my: data/1: torn"] and len(run.bad_keys) == 2
+
+
 def test_max_bad_is_a_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
