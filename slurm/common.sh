@@ -1,6 +1,6 @@
 # common.sh   what the scripts of this folder share: read by them, not run.
 #
-# Variables, see slurm/README.md: RECIPE OUT DATA PYTHON EXTRA IVTLR_ROOT
+# Variables, see slurm/README.md: RECIPE OUT DATA DS PYTHON EXTRA IVTLR_ROOT
 # shellcheck shell=bash
 
 fail() {
@@ -21,6 +21,11 @@ enter_project() { # goes to the project root and sets recipe, out and recipe_opt
   recipe_options=(--recipe "$recipe")
   [[ -z ${DATA:-} ]] || recipe_options+=(--data "$DATA")
   recipe_options+=("${extra[@]}")
+}
+
+find_ds() { # sets ds, the DeepSpeed file
+  ds=${DS:-ds_configs/zero3.json}
+  [[ -f $ds ]] || fail "no DeepSpeed config $ds; set DS"
 }
 
 find_python() { # sets python, and puts its programs first

@@ -16,15 +16,18 @@ from data_prep import cli
 from pipeline.config import load_config, recipe_paths
 from pipeline.prepare import check_data, data_folder, make_data, to_be_made
 
+OF_TRAINING = {"max_bad", "resume", "prompt"}
+"""Options of pipeline/train.py that are no settings, and that do not matter here."""
+
 
 def main(*, recipe: str, data: str | None = None, make: bool = False, **options: str) -> None:
     """Say what a recipe asks of its jobs, or make its shard folder.
 
-    --recipe, --data and SECTION.FIELD as in pipeline/train.py, whose other options change nothing here; --make true
-    makes the shard folder, where the recipe says from what and it is not there, and checks it.
+    --recipe, --data, --plugin and SECTION.FIELD as in pipeline/train.py; --make true makes the shard folder, where the
+    recipe says from what and it is not there, and checks it.
     """
-    settings = {name: value for name, value in options.items() if "." in name or name == "plugin"}
-    config = load_config(recipe_paths(recipe), settings | ({"data.path": data} if data else {}))
+    settings = {name: value for name, value in options.items() if name not in OF_TRAINING}
+    config = load_config(recipe_paths(recipe), settings | ({"data.path": data} if data else {}), OF_TRAINING)
     if make:
         make_data(config, print)
         rows = len(check_data(config)["train"])

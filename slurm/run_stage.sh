@@ -24,8 +24,7 @@ shift
   fail "not in a Slurm job; from the project root: sbatch slurm/stage$stage.sbatch"
 
 enter_project
-ds=${DS:-ds_configs/zero3.json}
-[[ -f $ds ]] || fail "no DeepSpeed config $ds; set DS"
+find_ds
 max_fruitless=${MAX_FRUITLESS:-3}
 [[ $max_fruitless =~ ^[0-9]+$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
 
@@ -53,7 +52,8 @@ options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
 # ---- restarts ----------------------------------------------------------------------------------------------
 mkdir -p "$out" || fail "$out cannot be made a run folder"
 restarts=$out/slurm_restarts # the job, its starts in a row that added nothing, the newest checkpoint before this one
-ended=$out/slurm_ended.$SLURM_JOB_ID
+# a name of this start's own: a network file system may remember for a while that a file was not there
+ended=$out/slurm_ended.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 
 newest_checkpoint() { # by stage and step; one without a manifest is not complete
   local manifests=("$out"/checkpoints/stage*-step*/manifest.json)
@@ -83,14 +83,13 @@ requeue_if_stopped() { # asked to stop, or over the time limit: queue this job a
 before=$(newest_checkpoint)
 job="" fruitless=0 last=""
 [[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
-if [[ $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
+if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
   fruitless=$((fruitless + 1))
   ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
 else
   fruitless=0
 fi
 echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
-rm -f "$ended"
 
 # ---- training ----------------------------------------------------------------------------------------------
 # what a rank runs in: notes how the first rank ended that did not end well.  When it has, Slurm kills the others, and

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # submit_all.sh [--dry_run] [OPTION of train.py...]   a whole run: preparation, every stage, evaluation.
 #
-#   Command    from the project root: RECIPE=recipes/X.yaml DS=ds_configs/zero2.json slurm/submit_all.sh
+#   Command    RECIPE=recipes/X.yaml DS=ds_configs/zero2.json slurm/submit_all.sh
 #   Does       submits jobs that each start when the one before has succeeded: prep.sbatch if the shard folder is not
 #              there, a job for every stage of the recipe that is not done, evaluate.sbatch; --dry_run only prints
 #   Watch      what it prints at its end
@@ -15,6 +15,10 @@ dry_run=0 train_options=()
 for word in "$@"; do
   case $word in
     --dry_run | --dry-run) dry_run=1 ;;
+    --help | -h)
+      sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      exit
+      ;;
     --recipe | --recipe=* | --out | --out=* | --data | --data=* | --ds | --ds=*)
       name=${word#--} name=${name%%=*}
       fail "$word: the jobs take this from the variable ${name^^}"
@@ -23,9 +27,9 @@ for word in "$@"; do
     *) train_options+=("$word") ;;
   esac
 done
-export IVTLR_ROOT=${IVTLR_ROOT:-$PWD}
+export IVTLR_ROOT=${IVTLR_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 enter_project
-mkdir -p slurm/logs
+find_ds
 ((dry_run)) || command -v sbatch >/dev/null || fail "no sbatch here: this needs a Slurm cluster (--dry_run does not)"
 find_python
 read -r -a sbatch_extra <<<"${SBATCH_EXTRA:-}"

@@ -283,6 +283,18 @@ def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
     )
 
 
+def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
+    env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "4"}
+    job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
+    (project.root / "runs" / "demo").mkdir(parents=True)
+    (project.root / "runs" / "demo" / "slurm_restarts").write_text(f"{job} 3 \n")
+    project.cluster.run("scontrol", "release", str(job))
+    fields = project.cluster.wait(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
+    (line,) = Path(fields["StdOut"]).read_text().splitlines()
+    assert line.startswith("error: stage 0: started 4 times without getting past its beginning, so not again: ")
+
+
 def test_other_endings_are_not_tried_again(project: Project) -> None:
     job, log = project.run("slurm/stage0.sbatch", STAND_IN="exit 2", TASKS_PER_NODE="1")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
@@ -357,8 +369,9 @@ def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'data'}: 8 training samples"
     main(**settings)
     assert capsys.readouterr().out == "stages=3\nmake_data=0\n"
-    with pytest.raises(UserError, match="did you mean --optim.lr"):
-        main(**settings, **{"optim.lrr": "1"})
+    for name, meant in {"optim.lrr": "--optim.lr", "resum": "--resume"}.items():
+        with pytest.raises(UserError, match=f"did you mean {meant}"):
+            main(**settings, **{name: "1"})
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -390,6 +403,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     line = "error: MAX_FRUITLESS=few: expected a whole number"
     assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
     submit = "submit_all.sh"
+    assert refused(folder, submit, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     line = "error: --recipe=x.yaml: the jobs take this from the variable RECIPE"
     assert refused(folder, submit, "--recipe=x.yaml") == line
     assert refused(folder, submit, "--stages", "1").startswith("error: --stages: this submits every stage ")
