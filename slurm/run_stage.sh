@@ -4,20 +4,18 @@
 #   Command    run by slurm/stageN.sbatch; in an salloc shell: GPUS_PER_NODE=8 bash slurm/run_stage.sh 0
 #   Hardware   all allocated nodes, one rank for each of their GPUs
 #   Does       starts pipeline/train.py --stages STAGE OPTION... as one task per GPU; succeeds only if
-#              training wrote OUT/stageSTAGE.done
+#              training wrote OUT/stageSTAGE.done; a batch job that was asked to stop is queued again
 #   Watch      squeue --me; tail -f slurm/logs/ivtlr-stageN-JOB.out; tensorboard --logdir runs
 #
 # One task per GPU, with no launcher between Slurm and the ranks: each rank gets Slurm's signals itself, one
 # that dies ends the others and the job, every line of the log tells its rank, and nodes need no ssh.
 #
 # Variables, see slurm/README.md:
-# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA IVTLR_ROOT
+# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS IVTLR_ROOT
 set -euo pipefail
+STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watch.py)
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} =~ ^[0-9]+$ ]] || fail "give the stage's number: run_stage.sh STAGE [OPTION...]"
 stage=$1
@@ -25,31 +23,12 @@ shift
 [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] ||
   fail "not in a Slurm job; from the project root: sbatch slurm/stage$stage.sbatch"
 
-# Slurm runs a copy of the job file, so the project is found by where the job was submitted
-root=${IVTLR_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-[[ -f $root/pipeline/train.py ]] || fail "$root is not the project root; submit from there, or set IVTLR_ROOT"
-cd "$root"
+enter_project
+find_ds
+max_fruitless=${MAX_FRUITLESS:-3}
+[[ $max_fruitless =~ ^[0-9]+$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
 
-recipe=${RECIPE:-recipes/demo.yaml}
-name=${recipe##*/}
-out=${OUT:-runs/${name%.*}}
-ds=${DS:-ds_configs/zero3.json}
-[[ -f $ds ]] || fail "no DeepSpeed config $ds; set DS"
-
-if [[ -n ${PYTHON:-} ]]; then
-  python=$PYTHON
-  command -v "$python" >/dev/null || fail "no Python at PYTHON=$python"
-elif [[ -x .venv/bin/python ]]; then
-  python=$PWD/.venv/bin/python
-else
-  python=python3
-  "$python" -c 'import importlib.util as u; raise SystemExit(not u.find_spec("deepspeed"))' 2>/dev/null ||
-    fail "no Python environment: make .venv in $root, or set PYTHON to one that has DeepSpeed"
-fi
-# DeepSpeed compiles with the ninja that PATH gives: the environment's own, first
-programs=$(command -v "$python")
-programs=$(cd "${programs%/*}" && pwd)
-export PATH=$programs:$PATH
+find_python
 
 tasks=${TASKS_PER_NODE:-${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
 [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
@@ -62,7 +41,7 @@ nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${nodes%%$'\n'*}
 # by job, so that jobs on one node do not meet; below the ports that systems give out (32768 and up)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide Slurm's ranks
 
 read -r -a extra <<<"${EXTRA:-}"
@@ -70,18 +49,75 @@ read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
 options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
 [[ -z ${DATA:-} ]] || options+=(--data "$DATA")
 
+# ---- restarts ----------------------------------------------------------------------------------------------
+mkdir -p "$out" || fail "$out cannot be made a run folder"
+restarts=$out/slurm_restarts # the job, its starts in a row that added nothing, the newest checkpoint before this one
+# a name of this start's own: a network file system may remember for a while that a file was not there
+ended=$out/slurm_ended.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+
+newest_checkpoint() { # by stage and step; one without a manifest is not complete
+  local manifests=("$out"/checkpoints/stage*-step*/manifest.json)
+  [[ -e ${manifests[0]} ]] || return 0
+  printf '%s\n' "${manifests[@]%/manifest.json}" | sed 's|.*/||' | sort -V | tail -n 1
+}
+
+refuse_fruitless() {
+  fail "stage $stage: started $((max_fruitless + 1)) times without getting past ${before:-its beginning}, so not" \
+    "again: save more often (--train.checkpoint_every), ask for more time, or see above; then submit the stage anew"
+}
+
+requeue_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
+  local job now
+  job=" $(scontrol show job --oneliner "$SLURM_JOB_ID") " || return 0
+  # not in an salloc shell, nor under --no-requeue
+  [[ $job =~ " BatchFlag="[1-9] && $job == *" Requeue=1 "* ]] || return 0
+  # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
+  [[ $job == *" Reason=TimeLimit "* ]] || { ((status == STOPPED)) && [[ $job == *" JobState=RUNNING "* ]]; } || return 0
+  now=$(newest_checkpoint)
+  [[ $now != "$before" ]] || ((fruitless < max_fruitless)) || refuse_fruitless
+  echo "job $SLURM_JOB_ID: training was asked to stop; queued again, to go on from ${now:-its beginning}"
+  scontrol requeue "$SLURM_JOB_ID" || fail "stage $stage: Slurm did not queue the job again; submit the stage anew"
+  exit "$STOPPED"
+}
+
+before=$(newest_checkpoint)
+job="" fruitless=0 last=""
+[[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
+if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
+  fruitless=$((fruitless + 1))
+  ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
+else
+  fruitless=0
+fi
+echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
+
+# ---- training ----------------------------------------------------------------------------------------------
+# what a rank runs in: notes how the first rank ended that did not end well.  When it has, Slurm kills the others, and
+# srun's own status may be theirs.  Signals go to the whole task, so training gets them, and this waits.
+noting='trap : USR1 TERM
+status=0
+"${@:2}" || status=$?
+((status == 0)) || (set -o noclobber; echo "$status" >"$1") 2>/dev/null || true
+exit "$status"'
+
 where="$SLURM_JOB_NUM_NODES nodes x $tasks ranks, $MASTER_ADDR:$MASTER_PORT"
 echo "job $SLURM_JOB_ID: stage $stage of $out, $where"
+trap : TERM # comes to this script too, at a time limit
 status=0
 # block: consecutive ranks share a node.  GPUs stay unbound: a rank sees all of its node's, takes the one of
 # its local rank and reaches the others directly.  (--gpu-bind=none hides which of a shared node's are ours.)
 srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
   --distribution=block --kill-on-bad-exit=1 --label "${srun_extra[@]}" \
-  "$python" pipeline/train.py "${options[@]}" "${extra[@]}" "$@" || status=$?
+  bash -c "$noting" rank "$ended" "$python" pipeline/train.py "${options[@]}" "${extra[@]}" "$@" || status=$?
+[[ ! -s $ended ]] || status=$(<"$ended")
+rm -f "$ended"
 
-if ((status != 0)); then
-  echo "error: stage $stage: training ended with status $status; the ranks' own errors are above" >&2
-  exit "$status"
-fi
 # an exit code alone is no proof: launchers and clusters lose them
-[[ -s $out/stage$stage.done ]] || fail "stage $stage: training ended without writing $out/stage$stage.done"
+((status != 0)) || [[ ! -s $out/stage$stage.done ]] || exit 0
+((status == 2)) || requeue_if_stopped # 2: a user's mistake
+case $status in
+  0) fail "stage $stage: training ended without writing $out/stage$stage.done" ;;
+  "$STOPPED") echo "stage $stage: stopped on request; submit it again to go on" >&2 ;;
+  *) echo "error: stage $stage: training ended with status $status; the ranks' own errors are above" >&2 ;;
+esac
+exit "$status"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from data_prep.errors import UserError
 from tests.slurm_cluster import Cluster, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,18 @@ STAND_IN = """\
 #!{python} -IS
 import json, os, pathlib, signal, socket, sys, time
 env = dict(os.environ)
+option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
+if program != "pipeline/train.py":
+    if program == "slurm/recipe.py" and option.get("--make") is None:
+        print("stages=5")
+        print("make_data=1")
+    with open("programs", "a") as file:
+        print(*sys.argv[1:], file=file)
+    sys.exit(0)
+asked = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *_: asked.append(1))
 rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
 address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
 if rank == 0:
@@ -49,7 +64,6 @@ else:
             time.sleep(0.05)
     peer.sendall(str(rank).encode())
     met = json.loads(peer.makefile().read())
-option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 out = pathlib.Path(option["--out"])
 (out / "ranks").mkdir(parents=True, exist_ok=True)
 record = {{"host": socket.gethostname(), "met": met, "argv": sys.argv[1:], "env": env, "cwd": os.getcwd()}}
@@ -59,7 +73,16 @@ if how.startswith("exit"):
     if rank == world - 1:
         sys.exit(int(how.split()[1]))
     time.sleep(60)
-if how == "done" and rank == 0:
+if how == "asked" and "SLURM_RESTART_COUNT" not in env:
+    (out / f"ready{{rank}}").touch()
+    while not asked:
+        time.sleep(0.02)
+    if rank == 0:
+        (out / "checkpoints" / "stage0-step000003").mkdir(parents=True)
+        (out / "checkpoints" / "stage0-step000003" / "manifest.json").touch()
+        sys.exit(75)
+    time.sleep(60)
+if how in ("done", "asked") and rank == 0:
     (out / f"stage{{option['--stages']}}.done").write_text("{{}}")
 print("trained")
 """
@@ -205,7 +228,8 @@ def test_one_failing_rank_ends_the_job_and_the_stages_after_it(project: Project)
     log = Path(job["StdOut"]).read_text()
     assert job["JobState"] == "FAILED", log
     assert "srun: error: node2: task 15: Exited with exit code 7" in log.splitlines()
-    assert log.splitlines()[-1].startswith("error: stage 0: training ended with status ")
+    assert log.splitlines()[-1].startswith("error: stage 0: training ended with status 7; ")
+    assert job["Restarts"] == "0"
     assert project.cluster.wait(second)["JobState"] == "CANCELLED"
 
 
@@ -213,6 +237,141 @@ def test_no_marker_is_a_failure(project: Project) -> None:
     job, log = project.run("slurm/stage3.sbatch", STAND_IN="no marker")
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
     assert log.splitlines()[-1] == "error: stage 3: training ended without writing runs/demo/stage3.done"
+
+
+# ---- going on by itself ------------------------------------------------------------------------------------
+def asked_to_stop(project: Project, *signal: str) -> int:
+    """A job of 2 ranks that got a signal while they trained; `scancel` with its options."""
+    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1"}
+    job = project.cluster.submit("slurm/stage0.sbatch", env=env, cwd=project.root)
+    while not all((project.root / "runs" / "demo" / f"ready{rank}").exists() for rank in range(2)):
+        assert project.cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING")
+        time.sleep(0.1)
+    project.cluster.run("scancel", *signal, str(job))
+    return job
+
+
+def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> None:
+    first = asked_to_stop(project, "--signal=USR1")
+    after = ("--wrap=true", "--output=/dev/null", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
+    second = project.cluster.submit(*after)
+    job = project.cluster.wait(first)
+    log = Path(job["StdOut"]).read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert "training was asked to stop; queued again, to go on from stage0-step000003" in log
+    assert log.count("stage 0 of runs/demo, 2 nodes x 1 ranks") == 2  # one log of both starts
+    assert project.cluster.wait(second)["JobState"] == "COMPLETED"
+    assert sorted(path.name for path in (project.root / "runs/demo").glob("slurm*")) == ["slurm_restarts"]
+
+
+def test_a_cancelled_stage_stays_cancelled(project: Project) -> None:
+    job = project.cluster.wait(asked_to_stop(project))
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
+    old = project.root / "runs" / "demo" / "checkpoints" / "stage0-step000004"
+    old.mkdir(parents=True)
+    (old / "manifest.json").touch()
+    (old.parent / "stage0-step000005").mkdir()  # not complete
+    (old.parents[1] / "slurm_restarts").write_text("1 9 stage0-step000004\n")  # another job's are not counted
+    job, log = project.run("slurm/stage0.sbatch", STAND_IN="exit 75", MAX_FRUITLESS="1", TASKS_PER_NODE="1")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "1"), log
+    assert log.count("queued again, to go on from stage0-step000004") == 1
+    assert log.splitlines()[-1].startswith(
+        "error: stage 0: started 2 times without getting past stage0-step000004, so not again: "
+    )
+
+
+def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
+    env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "4"}
+    job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
+    (project.root / "runs" / "demo").mkdir(parents=True)
+    (project.root / "runs" / "demo" / "slurm_restarts").write_text(f"{job} 3 \n")
+    project.cluster.run("scontrol", "release", str(job))
+    fields = project.cluster.wait(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
+    (line,) = Path(fields["StdOut"]).read_text().splitlines()
+    assert line.startswith("error: stage 0: started 4 times without getting past its beginning, so not again: ")
+
+
+def test_other_endings_are_not_tried_again(project: Project) -> None:
+    job, log = project.run("slurm/stage0.sbatch", STAND_IN="exit 2", TASKS_PER_NODE="1")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
+    job, log = project.run("--no-requeue", "slurm/stage0.sbatch", STAND_IN="exit 75", TASKS_PER_NODE="1")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
+    assert log.splitlines()[-1] == "stage 0: stopped on request; submit it again to go on"
+
+
+# ---- a whole run -------------------------------------------------------------------------------------------
+def submit_all(project: Project, *options: str, **env: str) -> list[str]:
+    env = {"PYTHON": str(project.root / "stand-in"), "TASKS_PER_NODE": "1", **env}
+    done = project.cluster.run("slurm/submit_all.sh", *options, env=env, cwd=project.root)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_dry_run_prints_what_would_be_submitted(project: Project) -> None:
+    (project.root / "runs" / "demo").mkdir(parents=True)
+    (project.root / "runs" / "demo" / "stage0.done").write_text("{}")
+    lines = submit_all(project, "--dry_run", "--optim.lr", "1e-5", "--prompt.text", "a b", SBATCH_EXTRA="--nodes 1")
+    after = "sbatch --parsable --dependency=afterok:{} --kill-on-invalid-dep=yes "
+    options = "--optim.lr 1e-5 --prompt.text a\\ b"
+    assert lines == [
+        f"sbatch --parsable slurm/prep.sbatch {options}",
+        "stage0: done already",
+        f"{after.format('prep')}--nodes 1 slurm/stage1.sbatch {options}",
+        f"{after.format('stage1')}--nodes 1 slurm/stage2.sbatch {options}",
+        f"{after.format('stage2')}--nodes 1 slurm/stage3.sbatch {options}",
+        f"{after.format('stage3')}--nodes 1 --job-name=ivtlr-stage4 slurm/stage.sbatch 4 {options}",
+        f"{after.format('stage4')}slurm/evaluate.sbatch",
+    ]
+    assert not list((project.root / "slurm" / "logs").glob("*.out"))
+
+
+def test_a_whole_run_is_prepared_trained_and_evaluated(project: Project) -> None:
+    lines = submit_all(project, "--optim.lr=1e-5", DATA="data/x", EXTRA="--train.seed=7", EVALUATE_EXTRA="--limit 9")
+    names = ["prep", "stage0", "stage1", "stage2", "stage3", "stage4", "evaluate"]
+    jobs = [line.split(": job ") for line in lines[: len(names)]]
+    assert [name for name, _ in jobs] == names
+    assert lines[len(names) :] == [
+        "watch: squeue --me",
+        f"       tail -f slurm/logs/ivtlr-prep-{jobs[0][1]}.out",
+        "       tensorboard --logdir runs/demo/tensorboard",
+    ]
+    for name, job in jobs:
+        fields = project.cluster.wait(int(job))
+        assert (fields["JobName"], fields["JobState"]) == (f"ivtlr-{name}", "COMPLETED")
+    out = project.root / "runs" / "demo"
+    assert {path.name for path in out.glob("stage?.done")} == {f"stage{stage}.done" for stage in range(5)}
+    assert project.ranks()[0]["argv"][-4:] == ["--data", "data/x", "--train.seed=7", "--optim.lr=1e-5"]
+    told = "--recipe recipes/demo.yaml --data data/x --train.seed=7 --optim.lr=1e-5"
+    assert (project.root / "programs").read_text().splitlines() == [
+        f"slurm/recipe.py {told}",
+        f"slurm/recipe.py --make true {told}",
+        "-m pipeline.evaluate --run runs/demo --data data/x --limit 9",
+    ]
+
+
+@pytest.mark.parametrize("script", ["prep.sbatch", "evaluate.sbatch", "stage.sbatch"])
+def test_further_job_files_are_accepted_as_they_are(cluster: Cluster, script: str) -> None:
+    done = cluster.run("sbatch", "--test-only", f"slurm/{script}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "slurm" / "recipe.py"))["main"]
+    own = {"recipe": str(ROOT / "tests" / "tiny.yaml"), "data": str(tmp_path / "data"), "train.val_samples": "0"}
+    settings = own | {"data.options": "{grid: 3, colours: 6, train: 8, val: 0, test: 0}", "resume": "elastic"}
+    main(**settings)
+    assert capsys.readouterr().out == "stages=3\nmake_data=1\n"
+    main(**settings, make=True)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'data'}: 8 training samples"
+    main(**settings)
+    assert capsys.readouterr().out == "stages=3\nmake_data=0\n"
+    for name, meant in {"optim.lrr": "--optim.lr", "resum": "--resume"}.items():
+        with pytest.raises(UserError, match=f"did you mean {meant}"):
+            main(**settings, **{name: "1"})
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -241,9 +400,17 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     assert refused(folder, "stage2.sbatch", **job | here) == where
     assert refused(folder, script, "2", **job, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     assert refused(folder, script, "2", **job, PYTHON="no/python") == "error: no Python at PYTHON=no/python"
+    line = "error: MAX_FRUITLESS=few: expected a whole number"
+    assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
+    submit = "submit_all.sh"
+    assert refused(folder, submit, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
+    line = "error: --recipe=x.yaml: the jobs take this from the variable RECIPE"
+    assert refused(folder, submit, "--recipe=x.yaml") == line
+    assert refused(folder, submit, "--stages", "1").startswith("error: --stages: this submits every stage ")
     bare = tmp_path / "bin"  # has bash, but no Python with DeepSpeed
     bare.mkdir()
-    (bare / "bash").symlink_to("/bin/bash")
+    for program in ("bash", "dirname"):
+        (bare / program).symlink_to(f"/bin/{program}")
     assert refused(folder, script, "2", **job, PATH=str(bare)) == (
         f"error: no Python environment: make .venv in {folder}, or set PYTHON to one that has DeepSpeed"
     )

@@ -38,13 +38,14 @@ PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where daemons are
 UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--kill-child", "--mount-proc"]
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
+# cred_expire: how long a job that is queued again must wait, in seconds; 5 is the least, 120 the default
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=control(10.213.0.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={state}/munge.socket
+AuthInfo=socket={state}/munge.socket,cred_expire=5
 StateSaveLocation={state}/control
 SlurmdSpoolDir={state}/spool.%n
 SlurmctldPidFile={state}/slurmctld.pid

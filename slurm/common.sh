@@ -1,0 +1,47 @@
+# common.sh   what the scripts of this folder share: read by them, not run.
+#
+# Variables, see slurm/README.md: RECIPE OUT DATA DS PYTHON EXTRA IVTLR_ROOT
+# shellcheck shell=bash
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+enter_project() { # goes to the project root and sets recipe, out and recipe_options
+  # Slurm runs a copy of the job file, so the project is found by where the job was submitted
+  root=${IVTLR_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+  [[ -f $root/pipeline/train.py ]] || fail "$root is not the project root; submit from there, or set IVTLR_ROOT"
+  cd "$root"
+  recipe=${RECIPE:-recipes/demo.yaml}
+  local name=${recipe##*/}
+  out=${OUT:-runs/${name%.*}}
+  local extra
+  read -r -a extra <<<"${EXTRA:-}"
+  recipe_options=(--recipe "$recipe")
+  [[ -z ${DATA:-} ]] || recipe_options+=(--data "$DATA")
+  recipe_options+=("${extra[@]}")
+}
+
+find_ds() { # sets ds, the DeepSpeed file
+  ds=${DS:-ds_configs/zero3.json}
+  [[ -f $ds ]] || fail "no DeepSpeed config $ds; set DS"
+}
+
+find_python() { # sets python, and puts its programs first
+  if [[ -n ${PYTHON:-} ]]; then
+    python=$PYTHON
+    command -v "$python" >/dev/null || fail "no Python at PYTHON=$python"
+  elif [[ -x .venv/bin/python ]]; then
+    python=$PWD/.venv/bin/python
+  else
+    python=python3
+    "$python" -c 'import importlib.util as u; raise SystemExit(not u.find_spec("deepspeed"))' 2>/dev/null ||
+      fail "no Python environment: make .venv in $root, or set PYTHON to one that has DeepSpeed"
+  fi
+  # DeepSpeed compiles with the ninja that PATH gives: the environment's own, first
+  local programs
+  programs=$(command -v "$python")
+  programs=$(cd "${programs%/*}" && pwd)
+  export PATH=$programs:$PATH PYTHONUNBUFFERED=1
+}
