@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035  (Python 3.10)
 
 from data_prep.errors import UserError
 from data_prep.example import HASH_BYTES, IMAGE_EXTENSIONS, content_hash, image_size, question_hash
