@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035  (Python 3.10)
 
 from data_prep.errors import UserError
 from data_prep.example import HASH_BYTES, IMAGE_EXTENSIONS, content_hash, image_size, question_hash
@@ -51,13 +51,17 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """In hexadecimal. A file of a cache is named after it, so it is nothing else."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+"""Of bytes or samples: more than any folder has, and sums of them still fit where numpy counts."""
+
+
 class ShardEntry(TypedDict):
     """A tar in the manifest."""
 
     name: str
-    bytes: int
+    bytes: Count
     sha256: Digest
-    samples: int
+    samples: Count
     index_sha256: Digest
     """Of its part of the index, so that a reader checks no more of it than it reads"""
 
@@ -69,13 +73,29 @@ class IndexEntry(TypedDict):
     sha256: Digest
 
 
+class Counts(TypedDict):
+    """What became of a split's source rows, of what is used here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    skipped: Count
+    rejected: dict[str, Count]
+
+
+class RejectsEntry(TypedDict):
+    """The file of rejects in the manifest."""
+
+    name: str
+    sha256: Digest
+    rows: Count
+
+
 class SplitEntry(TypedDict):
     """A split in the manifest."""
 
     shards: list[ShardEntry]
     index: IndexEntry
-    samples: int
-    counts: dict[str, Any]
+    samples: Count
+    counts: Counts
 
 
 class Manifest(TypedDict):
@@ -85,6 +105,7 @@ class Manifest(TypedDict):
     format: int
     hash: str
     splits: dict[str, SplitEntry]
+    rejects: NotRequired[RejectsEntry]
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -169,10 +190,23 @@ def read_manifest(location: Location | Storage) -> dict[str, Any]:
     if manifest.get("hash") != _manifest_hash(manifest):
         raise UserError(f"{path} was changed after it was written: its hash does not fit; {REMAKE}")
     try:
-        return dict(_MANIFEST.validate_python(manifest))
+        checked = dict(_MANIFEST.validate_python(manifest))
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(f"{path}: {place}: {error.errors()[0]['msg']}; {REMAKE}") from None
+    for name in _names(checked):
+        if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
+            raise UserError(f"{path} names {name!r}, which is no file of this folder; {REMAKE}")
+    return checked
+
+
+def _names(manifest: dict[str, Any]) -> Iterator[str]:
+    """All files that a manifest names."""
+    for part in manifest["splits"].values():
+        yield part["index"]["name"]
+        yield from (shard["name"] for shard in part["shards"])
+    if "rejects" in manifest:
+        yield manifest["rejects"]["name"]
 
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:

@@ -141,8 +141,11 @@ def _of_file(path: Path, digest: str, size: int | None = None) -> str:
 def _read_records(path: Path, start: int, count: int, total: int) -> np.ndarray:
     """(count,) of `RECORD` from a position of an index.  Raises ValueError or OSError."""
     with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # numpy reads the head as Python's grammar has it, with as many kinds of errors
+            raise ValueError(f"cannot be read: {error}") from None
         if dtype != RECORD or shape != (total,):
             raise ValueError(f"cannot be read: it does not hold {total} records")
         file.seek(start * RECORD.itemsize, os.SEEK_CUR)

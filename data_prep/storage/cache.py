@@ -23,6 +23,8 @@ _LOCK_SECONDS = 2.0
 """How long a writer waits for the others before it does without the cache."""
 _TOUCHED_AFTER = 60.0
 """Seconds after which a file counts as used again."""
+_TOTAL = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+"""How the file with the total is opened: it is written over, so a link that somebody else put there is not followed."""
 _LEFT_AFTER = 3600.0
 """Seconds after which a temporary file belongs to nobody."""
 
@@ -98,7 +100,7 @@ class Cache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """The descriptor of the file that says how much there is.  Raises OSError where others keep it too long."""
-        handle = os.open(self.folder / "total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(self.folder / "total", _TOTAL, 0o600)
         end = time.monotonic() + _LOCK_SECONDS
         try:
             while True:

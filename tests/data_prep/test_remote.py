@@ -431,6 +431,17 @@ def test_a_damaged_cache_is_read_anew(server: Server, examples: list[Example], t
     assert all_of(open_split(server.url, "train")) == examples
 
 
+def test_a_link_in_a_shared_cache_is_not_followed(tmp_path: Path) -> None:
+    """Nor written through: `put` and `adopt` only ever rename."""
+    for name in ("total", "block"):
+        (tmp_path / f"my-{name}").write_text("mine")
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / name).symlink_to(tmp_path / f"my-{name}")
+    cache = Cache(tmp_path / "cache", 10**6)
+    assert not cache.put("block", b"x" * 10) and not cache.writable
+    assert [(tmp_path / f"my-{name}").read_text() for name in ("total", "block")] == ["mine", "mine"]
+
+
 def test_the_cache_is_where_and_as_large_as_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = open_cache()
     assert made is not None and (made.folder, made.limit) == (tmp_path / "cache", 8 * 10**9)

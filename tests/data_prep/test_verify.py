@@ -51,6 +51,35 @@ def test_the_manifests_bytes_count_too(trails: Path, edited: Callable[[str], str
     assert found(trails) == ["manifest.json: is not as it was written"]
 
 
+@pytest.mark.parametrize(
+    ("edited", "told"),
+    [
+        (lambda m: m["splits"]["val"]["counts"].update(rejected="none"), "splits.val.counts.rejected"),
+        (lambda m: m["splits"]["val"]["counts"].pop("skipped"), "splits.val.counts.skipped"),
+        (lambda m: m["splits"]["train"].update(samples=-1), "splits.train.samples"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(bytes=2**63), "splits.train.shards.0.bytes"),
+        (lambda m: m["splits"]["val"]["index"].update(name="../val.index.npy"), "no file of this folder"),
+        (lambda m: m["rejects"].update(name="/etc/hostname"), "no file of this folder"),
+    ],
+)
+def test_a_manifest_that_somebody_else_wrote(trails: Path, edited: Callable[[dict[str, Any]], None], told: str) -> None:
+    """With a hash that fits: it neither ends the command with a traceback nor points outside."""
+    edit(trails, edited)
+    with pytest.raises(UserError, match=told):
+        check_folder(trails)
+
+
+@pytest.mark.parametrize("head", [b"(" * 118, b"\xff" * 118, b"1" * 118, b"{'descr': '|O', 'fortran_order': False}"])
+def test_an_index_with_another_head(trails: Path, head: bytes) -> None:
+    path = trails / "test.index.npy"
+    content = path.read_bytes()
+    size = int.from_bytes(content[8:10], "little")
+    path.write_bytes(content[:10] + head.ljust(size) + content[10 + size :])
+    told = found(trails)
+    assert told[0] == "test.index.npy: is not as it was written"
+    assert told[1].startswith("test.index.npy: the part of test-000000.tar cannot be read: ") and len(told) == 2
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_disagreements_are_named(trails: Path, workers: int) -> None:
     record = open_split(trails, "train").records[12]
