@@ -32,11 +32,13 @@ import torch
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import distributed
+from pipeline.activity import ACTIVITY
 from pipeline.batch import Batch
 from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
+from pipeline.heartbeat import Heartbeat, Where
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, steps_from
@@ -93,8 +95,8 @@ def main(
             lease.acquire()
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
-        with full_disk_told(plan.out):
-            Run(plan, world, lease).train()
+        with full_disk_told(plan.out), Heartbeat(plan.out, lease, world.rank, world.size) as heartbeat:
+            Run(plan, world, lease, heartbeat).train()
         distributed.stop()
     finally:
         if world.main:
@@ -116,8 +118,9 @@ def rows_of_step(micro_batches: list[Batch]) -> list[str]:
 class Run:
     """One start of training: set up once, then stage after stage."""
 
-    def __init__(self, plan: Plan, world: World, lease: Lease) -> None:
+    def __init__(self, plan: Plan, world: World, lease: Lease, heartbeat: Heartbeat) -> None:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
+        self.heartbeat = heartbeat
         self.log = configure_logging(self.out / "logs", world.rank)
         self.bad_keys: set[str] = set()
         self.sparing = Sparing(self.log.warning)
@@ -201,6 +204,11 @@ class Run:
             result = self.train_step(micro_batches, lr, global_step, watch)
             keys = {"keys": rows_of_step(micro_batches)} if train.trace else {}
             self.monitor.step(global_step, {"stage": stage, "step": done, "loss": result.loss, "lr": lr, **keys})
+            ACTIVITY.enter("training")  # until here, the first step of a start is a part of starting
+            self.heartbeat.where = Where(
+                stage, done, len(steps), global_step + 1, result.loss, progress.rate(done), progress.left(done),
+                len(self.bad_keys),
+            )  # fmt: skip
             if done % train.log_every == 0:
                 self._report(stage, done, global_step, lr, result, watch, progress)
             last = done == len(steps)
@@ -316,6 +324,7 @@ class Run:
         train = self.config.train
         return train.val_samples > 0 and (last or bool(train.validate_every and done % train.validate_every == 0))
 
+    @ACTIVITY("validating")
     def _validate(self, stage: int, done: int, global_step: int, steps: StageSteps) -> None:
         config, share = self.config, steps.share
         decode = Share(share.rank, share.world, share.global_batch, config.train.val_batch)

@@ -25,6 +25,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.engine import add_tokens, learning_rate
 from pipeline.export import load_export
+from pipeline.heartbeat import read_beat
 from pipeline.latent.decode import Decoding
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps
@@ -245,8 +246,14 @@ def test_asked_to_stop(whole_run, data, tmp_path):
     finally:
         launch.kill_tree(process)
     assert "stopped on request at stage 1" in Path(f"{out}.log").read_text()
+    beat = read_beat(out)
+    assert (beat.phase, beat.ranks, beat.restarts, beat.where.stage) == ("stopped", 2, 0, 1)
+    assert (out / "checkpoints" / beat.checkpoint).is_dir() and beat.where.loss == losses(out)[max(losses(out))]
     train(out, data, ranks=2)
     assert losses(out) == losses(whole_run)
+    beat = read_beat(out)
+    assert (beat.phase, beat.restarts) == ("done", 1)
+    assert (beat.where.stage, beat.where.step, beat.where.steps, beat.where.global_step) == (2, 8, 8, 24)
 
 
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3_offload"])
