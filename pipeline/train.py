@@ -54,6 +54,7 @@ from pipeline.monitor import (
 )
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
+from pipeline.resume import from_sound
 from pipeline.validate import ValidationSet, validate
 
 
@@ -130,7 +131,7 @@ class Run:
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
         self.stop.note(signal.SIGUSR1, signal.SIGTERM)
         stages, starts = distributed.from_main((plan.stages, plan.starts))
-        self.plan = replace(plan, stages=stages, starts=starts)
+        self.plan = from_sound(replace(plan, stages=stages, starts=starts), world, self.log)
         if self.plan.stages:
             base = self._make_missing()
             self.parts = build_parts(self.plan, base, world, self.device, self.log)

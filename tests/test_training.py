@@ -493,20 +493,22 @@ def test_overlong_rows_are_counted(data, tmp_path):
     assert "error: no row of step 1 can be trained on: 8 are longer than prompt.max_tokens 130" in log
 
 
-def test_damaged_checkpoint_is_refused(data, tmp_path):
+def test_damaged_checkpoint_is_passed_over(data, tmp_path):
+    """Refused where the stage asked for starts from it; then its own stage goes on from the one before, on 2 ranks."""
     out = tmp_path / "run"
-    train(out, data, "--stages", "0")
-    newest = Checkpoints(out).all()[-1]
-    victim = next(newest.path.rglob("*optim_states.pt"))
+    train(out, data, "--stages", "0", ranks=2)
+    before = losses(out)
+    *_, one_before, newest = Checkpoints(out).all()
+    victim = sorted(newest.path.rglob("*optim_states.pt"))[-1]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    code, log = try_train(out, data, "--stages", "1")
+    code, log = try_train(out, data, "--stages", "1", ranks=2)
     assert code == 2
-    assert f"error: checkpoint {newest.path}: {victim.name} is damaged; remove this folder" in log
-    before = losses(out)
-    shutil.rmtree(newest.path)
-    train(out, data, "--stages", "0")
+    assert f"error: checkpoint {newest.path}: {victim.name} is damaged; set aside as damaged-{newest.path.name}" in log
+    assert "error: stage 1 starts from the end of stage 0" in log
+    log = train(out, data, "--stages", "0", ranks=2)
+    assert f"resumed from {one_before.path}" in log and one_before.state.step == 6
     assert losses(out) == before and newest.path.exists()
 
 
