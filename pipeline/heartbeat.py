@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline.activity import ACTIVITY, Activity
+from pipeline.activity import ACTIVITY, Activity, Doing
 from pipeline.lease import Lease
 from pipeline.watch import STOPPED
 
@@ -106,36 +106,37 @@ class Heartbeat:
             with contextlib.suppress(UserError):
                 before = read_beat(self.run)
                 self.restarts = before.restarts + 1 if before else 0
-            self.write()
+            self.write(self.activity.now)
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not self.main:
-            return
-        self._end.set()
-        self._thread.join(timeout=LOOK * 5)  # a disk that hangs keeps nobody here
         if error is None:
-            self.activity.enter("done")
+            self.close("done")
+        elif isinstance(error, SystemExit) and error.code == STOPPED:
+            self.close("stopped")
         else:
-            stopped = isinstance(error, SystemExit) and error.code == STOPPED
-            self.activity.enter("stopped" if stopped else "failed")
-        failed = self.activity.now.phase == "failed"
-        reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("UserError: ").split())
-        self.write(reason[:1000] if failed else "")
+            reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("UserError: ").split())
+            self.close("failed", reason[:1000])
+
+    def close(self, phase: str, reason: str = "") -> None:
+        """The last beat: what became of the run."""
+        if self.main:
+            self._end.set()
+            self._thread.join(timeout=LOOK * 5)  # a disk that hangs keeps nobody here
+            self.write(Doing(phase, "", self.activity.clock()), reason)
 
     def _beat(self) -> None:
         written, phase = time.monotonic(), self.activity.now.phase
         while not self._end.wait(LOOK):
             if self.activity.now.phase != phase or time.monotonic() - written >= EVERY:
                 written, phase = time.monotonic(), self.activity.now.phase
-                self.write()
+                self.write(self.activity.now)
 
-    def write(self, reason: str = "") -> None:
+    def write(self, now: Doing, reason: str = "") -> None:
         """Write a beat now, unless the folder is another trainer's; a disk that fails is left alone."""
         if self.lease.lost:
             return
-        now = self.activity.now
         beat = Beat(
             time=time.time(),
             host=socket.gethostname(),

@@ -56,6 +56,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
 from pipeline.resume import from_sound
 from pipeline.validate import ValidationSet, validate
+from pipeline.watchdog import Watchdog
 
 
 def main(
@@ -123,6 +124,8 @@ class Run:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
         self.heartbeat = heartbeat
         self.log = configure_logging(self.out / "logs", world.rank)
+        log_file = self.out / "logs" / f"rank{world.rank}.log"
+        Watchdog(world.rank, self.config.train.hang_minutes, log_file, heartbeat).start()
         self.bad_keys: set[str] = set()
         self.sparing = Sparing(self.log.warning)
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start

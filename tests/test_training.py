@@ -33,6 +33,7 @@ from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash
 from pipeline.prompt import LATENT_TOKEN, RowBuilder
+from pipeline.watchdog import HUNG
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
 
@@ -569,3 +570,36 @@ def test_timing_of_lease(tmp_path):
     assert time.monotonic() - began < 5
     second.release()
     assert not (tmp_path / "lease.json").exists()
+
+
+HANGING = """
+import os, time
+from pathlib import Path
+from pipeline.latent.parts import FEEDBACKS, Feedback
+
+@FEEDBACKS.add("hanging")
+class Hanging(Feedback):
+    def forward(self, reading):
+        steps = Path("{out}/metrics.jsonl")
+        while os.environ["RANK"] == "1" and steps.exists() and steps.read_text().count("global_step") >= 2:
+            time.sleep(1)
+        return reading.tip[:, None]
+"""
+
+
+def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
+    """One rank never comes back from forward; the other waits for it.  Both say so, and end."""
+    out, plugin = tmp_path / "run", tmp_path / "hanging.py"
+    plugin.write_text(HANGING.format(out=out))
+    stages = "[{latents: 1, skip: 1, steps: 8}]"
+    code, log = try_train(
+        out, data, "--plugin", str(plugin), "--latent.feedback", "hanging", "--curriculum.stages", stages,
+        "--train.hang_minutes", "0.1", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
+    )  # fmt: skip
+    assert code == HUNG, log[-4000:]
+    for rank in (0, 1):
+        said = (out / "logs" / f"rank{rank}.log").read_text()
+        assert re.search(rf"rank {rank} on \S+ hangs: training \(\w+\) for 0\.\d min", said)
+    assert "rank 1 on" in log and "hangs: training (forward)" in said and f'"{plugin}", line' in said
+    beat = read_beat(out)
+    assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step == 2
