@@ -66,17 +66,22 @@ class Watchdog:
             f"rank {self.rank} on {socket.gethostname()} hangs: {doing} for {seconds / 60:.1f} min, more than"
             f" train.hang_minutes {self.limit / 60:g}; it ends with status {HUNG}"
         )
-        write_stacks(line, sys.stderr)
+
+        def show() -> None:
+            if sys.__stderr__ is not None:  # the real one: ranks but the first redirect sys.stderr
+                write_stacks(line, sys.__stderr__)
 
         def keep() -> None:
             with open(self.log, "a") as file:
                 write_stacks(line, file)
             self.heartbeat.close("failed", line)
 
-        # on a thread of its own: it may be the disk that hangs
-        keeping = threading.Thread(target=keep, name="watchdog-log", daemon=True)
-        keeping.start()
-        keeping.join(GRACE)
+        # on threads of their own: it may be the disk or the screen that hangs or fails
+        threads = [threading.Thread(target=say, name="watchdog-says", daemon=True) for say in (show, keep)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(GRACE)
         time.sleep(min(GRACE, self.limit))
 
 

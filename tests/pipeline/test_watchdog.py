@@ -86,7 +86,7 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         activity.enter("training", "backward")
         dog = Watchdog(0, 0.001, tmp_path / "rank0.log", heartbeat, activity, ended.append)
         with open(tmp_path / "screen", "w") as screen, monkeypatch.context() as patch:
-            patch.setattr(module.sys, "stderr", screen)
+            patch.setattr(module.sys, "__stderr__", screen)
             dog._watch()
         beat = read_beat(tmp_path)
         raise SystemExit(HUNG)
