@@ -5,14 +5,10 @@ Also under `srun` with one task a GPU (slurm/), and as a single process: `python
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import math
-import os
 import signal
 import sys
-import time
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Literal, NoReturn
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.watch import STOP, STOPPED, exit_with_launcher
+from pipeline.watch import STOP, STOPPED, exit_with_launcher, run_rank
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
     STOP.note(signal.SIGUSR1)
@@ -29,7 +25,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 import numpy as np
 import torch
 
-from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.activity import ACTIVITY
@@ -349,23 +344,5 @@ class Run:
             self.keeper.save(stage, done, len(steps), global_step + 1, found)
 
 
-def entry() -> None:
-    """Run the command so that of all ranks only the first tells a user's mistake."""
-    if World.from_environment().main:
-        return cli.run(main)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            cli.run(main)
-    except SystemExit as end:
-        if end.code == 2:
-            # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-            time.sleep(30)
-            # it has not: the mistake is this rank's alone, such as its node's full disk
-            sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
-        raise
-
-
 if __name__ == "__main__":
-    entry()
+    run_rank(main, World.from_environment().main)

@@ -603,4 +603,4 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
         assert line and line[0] in log
     assert "hangs: training (forward)" in said and f'"{plugin}", line' in said
     beat = read_beat(out)
-    assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step == 2
+    assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step in (2, 3)
