@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+SHORT = ("training", "validating")
+"""Phases whose parts are short; others may take long: data and model being made, checkpoints, exports."""
+
 
 @dataclass(frozen=True)
 class Doing:

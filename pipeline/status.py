@@ -7,16 +7,19 @@ from pathlib import Path
 
 from data_prep import cli
 from data_prep.errors import UserError
+from pipeline.activity import SHORT
 from pipeline.heartbeat import Beat, newest_checkpoint, path_of, read_beat
 
 STALE = 120.0
 """Seconds without a beat until a run counts as dead: twelve beats, for slow disks."""
+STALLED = 600.0
+"""Seconds in one part of a step until a run that still beats counts as hanging."""
 
 
 def main(*, run: Path) -> None:
     """Print what a run is doing; reads files only, on any machine that sees the folder.
 
-    Exit status: 0 alive or done, 1 dead, failed or stopped, 2 a mistake in the command.
+    Exit status: 0 alive or done, 1 dead, hanging, failed or stopped, 2 a mistake in the command.
     """
     if not run.is_dir():
         raise UserError(f"--run {run}: no such folder")
@@ -30,8 +33,13 @@ def main(*, run: Path) -> None:
 
 
 def alive(beat: Beat, now: float) -> bool:
-    """Whether somebody is training; now: seconds since 1970."""
-    return beat.phase not in ("done", "stopped", "failed") and now - beat.time <= STALE
+    """Whether somebody is training, and gets on; now: seconds since 1970."""
+    return beat.phase not in ("done", "stopped", "failed") and now - beat.time <= STALE and not hangs(beat)
+
+
+def hangs(beat: Beat) -> bool:
+    """Whether the process lived, but a step did not get on."""
+    return beat.phase in SHORT and beat.seconds > STALLED
 
 
 def lines(run: Path, beat: Beat, now: float) -> list[str]:
@@ -45,6 +53,8 @@ def lines(run: Path, beat: Beat, now: float) -> list[str]:
     }.get(beat.phase)
     if head is None and alive(beat, now):
         head = f"alive: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago"
+    elif head is None and now - beat.time <= STALE:
+        head = f"HANGS: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago"
     elif head is None:
         head = f"DEAD: no sign of life for {span(age)}; its last was {doing}"
     job = f", job {beat.job}" if beat.job else ""

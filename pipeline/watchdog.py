@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from pipeline.activity import ACTIVITY, Activity, Doing
+from pipeline.activity import ACTIVITY, SHORT, Activity, Doing
 from pipeline.heartbeat import Heartbeat
 
 HUNG = 70
 """Exit status of a rank that hung (EX_SOFTWARE)."""
-WATCHED = ("training", "validating")
 PAUSE, GRACE = 10.0, 10.0
 """Seconds between looks, and from speaking to ending: a rank that waits for this one speaks too, whoever hung first."""
 
@@ -58,7 +57,7 @@ class Watchdog:
         now, clock = self.activity.now, self.activity.clock()
         self._held = self._held + min(clock - self._looked, 2 * self.pause) if now is self._seen else 0.0
         self._seen, self._looked = now, clock
-        return now.phase in WATCHED and self._held >= self.limit
+        return now.phase in SHORT and self._held >= self.limit
 
     def tell(self, doing: Doing, seconds: float) -> None:
         """Who hangs where since when, with the stacks of all threads: on the screen, in the log, in the heartbeat."""

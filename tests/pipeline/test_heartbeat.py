@@ -119,6 +119,14 @@ def test_alive(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("phase", "head"), [("validating", "HANGS: "), ("saving", "alive: ")])
+def test_a_process_that_lives_and_does_not_get_on(tmp_path: Path, phase: str, head: str) -> None:
+    beat = replace(BEAT, phase=phase, seconds=715.0)
+    said = f"{tmp_path}: {head}{phase} (forward) for 12 min; heartbeat 5 s ago"
+    assert status.lines(tmp_path, beat, beat.time + 5)[0] == said
+    assert status.alive(beat, beat.time + 5) == (head == "alive: ")
+
+
 @pytest.mark.parametrize(
     ("phase", "age", "code", "said"),
     [
