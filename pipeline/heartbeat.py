@@ -161,5 +161,5 @@ def newest_checkpoint(run: Path) -> dict:
     latest = run / "checkpoints" / "latest"
     try:
         return {"checkpoint": latest.read_text().strip(), "checkpoint_time": latest.stat().st_mtime}
-    except OSError:
+    except (OSError, ValueError):
         return {"checkpoint": "", "checkpoint_time": None}

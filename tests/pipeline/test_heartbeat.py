@@ -96,6 +96,12 @@ def test_a_failing_disk_is_left_alone(tmp_path: Path) -> None:
         pass
 
 
+def test_a_damaged_name_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    assert module.newest_checkpoint(tmp_path) == {"checkpoint": "", "checkpoint_time": None}
+
+
 def test_a_damaged_file_counts_no_restarts(tmp_path: Path) -> None:
     path_of(tmp_path).write_text('{"time": "x')
     with pytest.raises(UserError, match=r"heartbeat.json is damaged; the next start of training replaces it"):
