@@ -4,6 +4,7 @@
         state.json                     where the run stood: stage, step, world, hashes
         manifest.json                  size and hash of every file, written last
     checkpoints/latest                 name of the newest one, for DeepSpeed's own tools (zero_to_fp32.py)
+    checkpoints/damaged-stage1-...     one that was not as written: kept, and never used again
 
 A checkpoint is written under another name, hashed, renamed, and only then named in `latest`.  DeepSpeed unpickles its
 own files, so nothing is loaded whose hash is not the one that was written.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from pipeline.distributed import World
 
 WRITING = "writing"
 """Folder of a checkpoint that is not complete."""
+ASIDE = "damaged-"
+"""Begins the name of a checkpoint that was set aside."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Checkpoint:
 
     path: Path
     state: RunState
+    checked: bool = False
+    """Whether all files were found to be as written"""
 
     def damaged(self, rank: int = 0, world: int = 1) -> str:
         """Name of a file that is not as written, or nothing; ranks look at every world-th file."""
@@ -78,10 +84,26 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "manifest.json"
         for name, size, digest in expected[rank::world]:
-            file = self.path / name
-            if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            if not as_written(self.path / name, size, digest):
                 return name
         return ""
+
+
+def as_written(file: Path, size: int, digest: str) -> bool:
+    """Whether a file has the size and SHA-256 that it was written with; one that cannot be read has not."""
+    try:
+        return file.stat().st_size == size and sha256(file) == digest
+    except OSError:
+        return False
+
+
+def _state_as_written(path: Path) -> bool:
+    """Whether the state.json of a checkpoint's folder is the one that its manifest names."""
+    try:
+        entry = json.loads((path / "manifest.json").read_bytes())["state.json"]
+        return as_written(path / "state.json", entry["bytes"], entry["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkpoint:
@@ -101,13 +123,17 @@ def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkp
     return Checkpoint(path, state)
 
 
+def damaged_file(checkpoint: Checkpoint, world: World) -> str:
+    """Name of a file that is not as it was written, or nothing; all ranks call it together and get the same."""
+    if checkpoint.checked:
+        return ""
+    return next(filter(None, distributed.gather(checkpoint.damaged(world.rank, world.size))), "")
+
+
 def refuse_damaged(checkpoint: Checkpoint, world: World) -> None:
     """Raise UserError, on every rank, where a file is not as it was written; all ranks call it together."""
-    damaged = [name for name in distributed.gather(checkpoint.damaged(world.rank, world.size)) if name]
-    if damaged:
-        raise UserError(
-            f"checkpoint {checkpoint.path}: {damaged[0]} is damaged; remove this folder to use the one before"
-        )
+    if name := damaged_file(checkpoint, world):
+        raise UserError(f"checkpoint {checkpoint.path}: {name} is damaged; remove this folder to use the one before")
 
 
 class Checkpoints:
@@ -117,18 +143,51 @@ class Checkpoints:
         self.run, self.folder = run, run / "checkpoints"
 
     def all(self) -> list[Checkpoint]:
-        """Complete checkpoints, oldest first."""
-        found = []
+        """Complete checkpoints, oldest first, but for those of `unreadable`.
+
+        Raises UserError for one that says, as it was written, what this version does not understand.
+        """
+        found = [Checkpoint(path, state) for path, state in self._states() if state is not None]
+        return sorted(found, key=lambda c: (c.state.stage, c.state.step))
+
+    def unreadable(self) -> list[Path]:
+        """Complete checkpoints whose state.json is damaged: nothing tells where they belong."""
+        return sorted(path for path, state in self._states() if state is None)
+
+    def _states(self) -> Iterator[tuple[Path, RunState | None]]:
         for path in self.folder.glob("stage*-step*"):
             if not (path / "manifest.json").is_file():
                 continue
             try:
-                found.append(Checkpoint(path, _STATE.validate_json((path / "state.json").read_bytes())))
+                yield path, _STATE.validate_json((path / "state.json").read_bytes())
             except (OSError, ValueError):
-                raise UserError(
-                    f"checkpoint {path}: state.json is damaged or of another version; remove this folder"
-                ) from None
-        return sorted(found, key=lambda c: (c.state.stage, c.state.step))
+                if _state_as_written(path):
+                    raise UserError(
+                        f"checkpoint {path}: state.json is of another version; remove this folder"
+                    ) from None
+                yield path, None
+
+    def set_aside(self, path: Path) -> Path:
+        """Give a damaged checkpoint a name under which nothing finds it; returns its new path."""
+        aside = path.with_name(ASIDE + path.name)
+        while aside.exists():
+            aside = aside.with_name(aside.name + "+")
+        os.rename(path, aside)
+        latest = self.folder / "latest"
+        if latest.is_file() and latest.read_text().strip() == path.name:
+            left = self.all()
+            write_atomic(latest, left[-1].path.name + "\n") if left else latest.unlink()
+        return aside
+
+    def refuse_none_left(self) -> None:
+        """Raise UserError where only damaged checkpoints are left: a run must not begin anew by itself."""
+        aside = sorted(self.folder.glob(f"{ASIDE}*"))
+        if (aside or self.unreadable()) and not self.all():
+            named = ", ".join(path.name for path in [*aside, *self.unreadable()])
+            raise UserError(
+                f"{self.run} has no sound checkpoint, only damaged ones ({named}); to begin anew, choose another --out"
+                f" or remove these from {self.folder}"
+            )
 
     def path_of(self, state: RunState) -> Path:
         return self.folder / f"stage{state.stage}-step{state.step:06d}"

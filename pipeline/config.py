@@ -166,6 +166,8 @@ class TrainConfig(Section):
     val_batch: int = Field(16, ge=1)
     """Rows that one rank decodes at once."""
     log_every: int = Field(10, ge=1)
+    hang_minutes: float = Field(30.0, ge=0, allow_inf_nan=False)
+    """A rank ends, with its stacks in its log, when one part of a step (data, forward, ...) takes longer; 0: never."""
     trace: bool = False
     """Name the rows of every step in metrics.jsonl, in the order of the global batch."""
     export: Literal["stages", "last", "none"] = "stages"

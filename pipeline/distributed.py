@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
+from pipeline.activity import ACTIVITY
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
@@ -89,25 +90,29 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    dist.barrier()
+    with ACTIVITY.part("collective"):
+        dist.barrier()
 
 
 def total(values: Sequence[float], device: torch.device) -> list[float]:
     """Sums over all ranks, in fp64: one small collective."""
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    with ACTIVITY.part("collective"):
+        dist.all_reduce(tensor)
+        return tensor.tolist()
 
 
 def from_main(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    with ACTIVITY.part("collective"):
+        torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather(value: T) -> list[T]:
     """Every rank's value, on every rank."""
     box: list = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(box, value)
+    with ACTIVITY.part("collective"):
+        torch.distributed.all_gather_object(box, value)
     return box

@@ -12,6 +12,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline import distributed, elastic
+from pipeline.activity import ACTIVITY
 from pipeline.build import Parts, without_frozen
 from pipeline.checkpoint import Checkpoint, Checkpoints, RunState
 from pipeline.distributed import World
@@ -29,6 +30,7 @@ class Keeper:
         self.config, self.out = plan.config, plan.out
         self.checkpoints = Checkpoints(plan.out)
 
+    @ACTIVITY("saving")
     def save(self, stage: int, done: int, length: int, global_steps: int, best: dict[str, float] | None = None) -> None:
         """Checkpoint after step `done` of a stage; once however often it is asked for.
 
@@ -67,6 +69,7 @@ class Keeper:
         if self.world.main:
             self.checkpoints.prune(self.config.train.keep_checkpoints)
 
+    @ACTIVITY("starting")
     def load(self, start: Checkpoint) -> None:
         """Put a checkpoint into the engine, converted first if other ranks or another ZeRO stage wrote it.
 
@@ -90,6 +93,7 @@ class Keeper:
         if self.world.main:
             done_marker(self.out, stage).unlink(missing_ok=True)
 
+    @ACTIVITY("exporting")
     def end_stage(self, stage: int, global_step: int) -> None:
         """Export, where `train.export` asks for it, and the marker that says the stage is complete."""
         config = self.config

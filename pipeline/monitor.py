@@ -19,6 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.files import write_atomic
+from pipeline.activity import ACTIVITY
 
 LAYOUT = {
     "training": {
@@ -57,9 +58,10 @@ class Stopwatch:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        if self.exact and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        with ACTIVITY.part(phase):
+            yield
+            if self.exact and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -205,7 +207,14 @@ class Progress:
     def __init__(self, done: int, total: int) -> None:
         self._first, self._total, self._start = done, total, time.monotonic()
 
+    def rate(self, done: int) -> float:
+        """Steps a second."""
+        return (done - self._first) / max(1e-9, time.monotonic() - self._start)
+
+    def left(self, done: int) -> float:
+        """Seconds; 0 before the first step."""
+        return (self._total - done) / self.rate(done) if done > self._first else 0.0
+
     def line(self, done: int) -> str:
-        rate = (done - self._first) / max(1e-9, time.monotonic() - self._start)
-        left = int((self._total - done) / rate) if rate else 0
+        rate, left = self.rate(done), int(self.left(done))
         return f"{done}/{self._total} {rate:.2f} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options",
     "data.workers", "data.max_bad", "data.cache_gb", "train.micro_batch", "train.accumulation",
     "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch",
-    "train.log_every", "train.trace", "train.export", "eval.max_new_tokens",
+    "train.log_every", "train.hang_minutes", "train.trace", "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
@@ -40,6 +40,9 @@ class Plan:
     starts: dict[int, Checkpoint]
     """What a stage begins with; one that is not here goes on from the stage before it, or from the base model"""
     triangle: Triangle
+    asked: list[int]
+    """Stages asked for, those that are done included"""
+    resume: str
 
     @property
     def zero_stage(self) -> int:
@@ -48,6 +51,15 @@ class Plan:
     def fits(self, start: Checkpoint) -> bool:
         """Whether a checkpoint is of as many ranks and the same ZeRO stage, so that each rank takes its own share."""
         return (start.state.world, start.state.zero_stage) == (self.triangle.world, self.zero_stage)
+
+    def again(self) -> Plan:
+        """The plan of what the run folder holds now.  Raises UserError where a stage can no longer begin."""
+        stages, starts = where_to_start(
+            Checkpoints(self.out), self.asked, len(self.config.curriculum.stages), self.resume,
+            self.triangle.world, self.zero_stage,
+        )  # fmt: skip
+        check_split(self.config, starts, self.triangle.world)
+        return replace(self, stages=stages, starts=starts)
 
     def start_step(self, stage: int) -> int:
         """Steps of a stage that are done already."""
@@ -90,15 +102,15 @@ def make_plan(config: RunConfig, ds_path: Path, out: Path | None, stages: str | 
             )
         attempt(check_made_from, config)
     attempt(check_same_run, config, out)
-    starts: dict[int, Checkpoint] = {}
+    left, starts = wanted, dict[int, Checkpoint]()
     if wanted is not None and ds is not None:
         count, zero = len(config.curriculum.stages), ds["zero_optimization"]["stage"]
         found = attempt(where_to_start, Checkpoints(out), wanted, count, resume, world, zero)
-        wanted, starts = found or (wanted, starts)
+        left, starts = found or (wanted, starts)
         attempt(check_split, config, starts, world)
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return Plan(config, ds, out, wanted, starts, triangle)
+    return Plan(config, ds, out, left, starts, triangle, wanted, resume)
 
 
 def resolved(config: RunConfig, triangle: Triangle) -> RunConfig:
@@ -131,6 +143,7 @@ def where_to_start(
     done = stages_done(run, newest, count)
     if resume == "never" and (newest or done):
         raise UserError(f"{run} holds a run; --resume auto goes on with it, or choose another --out")
+    checkpoints.refuse_none_left()
     left = [stage for stage in stages if stage not in done]
     starts: dict[int, Checkpoint] = {}
     for stage in left:

@@ -5,14 +5,10 @@ Also under `srun` with one task a GPU (slurm/), and as a single process: `python
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import math
-import os
 import signal
 import sys
-import time
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Literal, NoReturn
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.watch import STOP, STOPPED, exit_with_launcher
+from pipeline.watch import STOP, STOPPED, exit_with_launcher, run_rank
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
     STOP.note(signal.SIGUSR1)
@@ -29,14 +25,15 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 import numpy as np
 import torch
 
-from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import distributed
+from pipeline.activity import ACTIVITY
 from pipeline.batch import Batch
 from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
+from pipeline.heartbeat import Heartbeat, Where
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps, lost_workers_told, steps_from
@@ -52,7 +49,9 @@ from pipeline.monitor import (
 )
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
+from pipeline.resume import from_sound
 from pipeline.validate import ValidationSet, validate
+from pipeline.watchdog import Watchdog
 
 
 def main(
@@ -93,8 +92,9 @@ def main(
             lease.acquire()
             # whoever had the folder until now may have got further
             plan = make_plan(config, ds, out, stages, resume, world.size)
-        with full_disk_told(plan.out), lost_workers_told():
-            Run(plan, world, lease).train()
+        heartbeat = Heartbeat(plan.out, lease, world.rank, world.size)
+        with full_disk_told(plan.out), lost_workers_told(), heartbeat:
+            Run(plan, world, lease, heartbeat).train()
         distributed.stop()
     finally:
         if world.main:
@@ -116,9 +116,12 @@ def rows_of_step(micro_batches: list[Batch]) -> list[str]:
 class Run:
     """One start of training: set up once, then stage after stage."""
 
-    def __init__(self, plan: Plan, world: World, lease: Lease) -> None:
+    def __init__(self, plan: Plan, world: World, lease: Lease, heartbeat: Heartbeat) -> None:
         self.config, self.world, self.lease, self.out = plan.config, world, lease, plan.out
+        self.heartbeat = heartbeat
         self.log = configure_logging(self.out / "logs", world.rank)
+        log_file = self.out / "logs" / f"rank{world.rank}.log"
+        Watchdog(world.rank, self.config.train.hang_minutes, log_file, heartbeat).start()
         self.bad_keys: set[str] = set()
         self.sparing = Sparing(self.log.warning)
         self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
@@ -127,7 +130,7 @@ class Run:
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
         self.stop.note(signal.SIGUSR1, signal.SIGTERM)
         stages, starts = distributed.from_main((plan.stages, plan.starts))
-        self.plan = replace(plan, stages=stages, starts=starts)
+        self.plan = from_sound(replace(plan, stages=stages, starts=starts), world, self.log)
         if self.plan.stages:
             base = self._make_missing()
             self.parts = build_parts(self.plan, base, world, self.device, self.log)
@@ -201,6 +204,11 @@ class Run:
             result = self.train_step(micro_batches, lr, global_step, watch)
             keys = {"keys": rows_of_step(micro_batches)} if train.trace else {}
             self.monitor.step(global_step, {"stage": stage, "step": done, "loss": result.loss, "lr": lr, **keys})
+            ACTIVITY.enter("training")  # until here, the first step of a start is a part of starting
+            self.heartbeat.where = Where(
+                stage, done, len(steps), global_step + 1, result.loss, progress.rate(done), progress.left(done),
+                len(self.bad_keys),
+            )  # fmt: skip
             if done % train.log_every == 0:
                 self._report(stage, done, global_step, lr, result, watch, progress)
             last = done == len(steps)
@@ -316,6 +324,7 @@ class Run:
         train = self.config.train
         return train.val_samples > 0 and (last or bool(train.validate_every and done % train.validate_every == 0))
 
+    @ACTIVITY("validating")
     def _validate(self, stage: int, done: int, global_step: int, steps: StageSteps) -> None:
         config, share = self.config, steps.share
         decode = Share(share.rank, share.world, share.global_batch, config.train.val_batch)
@@ -336,23 +345,5 @@ class Run:
             self.keeper.save(stage, done, len(steps), global_step + 1, found)
 
 
-def entry() -> None:
-    """Run the command so that of all ranks only the first tells a user's mistake."""
-    if World.from_environment().main:
-        return cli.run(main)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            cli.run(main)
-    except SystemExit as end:
-        if end.code == 2:
-            # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-            time.sleep(30)
-            # it has not: the mistake is this rank's alone, such as its node's full disk
-            sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
-        raise
-
-
 if __name__ == "__main__":
-    entry()
+    run_rank(main, World.from_environment().main)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data_prep.example import Example
+from pipeline.activity import ACTIVITY
 from pipeline.batch import Batch, collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.distributed import total
@@ -86,10 +87,12 @@ def validate(
     nll = labels = right = asked = unusable = steps = 0.0
     for batch, examples in zip(data.batches, data.examples, strict=True):
         batch = batch.to(device)
-        loss, _ = engine(batch)
+        with ACTIVITY.part("forward"):
+            loss, _ = engine(batch)
         nll, labels = nll + float(loss), labels + int(batch.label_mask.sum())
         unusable += len(batch.bad) + batch.overlong
-        tokens, taken = engine(batch, answer=decoding)
+        with ACTIVITY.part("answer"):
+            tokens, taken = engine(batch, answer=decoding)
         for row, example in enumerate(examples):
             if example is None:
                 continue

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,26 @@ def exit_with_launcher(interval: float = 0.5) -> None:
             time.sleep(interval)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def run_rank(main: Callable[..., None], first: bool) -> None:
+    """Run a command so that of all ranks only the first tells a user's mistake."""
+    from data_prep import cli  # not above: a trainer imports this module before all else, to note signals
+
+    if first:
+        return cli.run(main)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            cli.run(main)
+    except SystemExit as end:
+        if end.code == 2:
+            # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            time.sleep(30)
+            # it has not: the mistake is this rank's alone, such as its node's full disk
+            sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
+        raise
 
 
 def run_to_end(command: Sequence[str], **options: Any) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.engine import add_tokens, learning_rate
 from pipeline.export import load_export
+from pipeline.heartbeat import read_beat
 from pipeline.latent.decode import Decoding
 from pipeline.lease import Lease
 from pipeline.loader import Share, StageSteps
@@ -32,6 +33,7 @@ from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash
 from pipeline.prompt import LATENT_TOKEN, RowBuilder
+from pipeline.watchdog import HUNG
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
 
@@ -245,8 +247,14 @@ def test_asked_to_stop(whole_run, data, tmp_path):
     finally:
         launch.kill_tree(process)
     assert "stopped on request at stage 1" in Path(f"{out}.log").read_text()
+    beat = read_beat(out)
+    assert (beat.phase, beat.ranks, beat.restarts, beat.where.stage) == ("stopped", 2, 0, 1)
+    assert (out / "checkpoints" / beat.checkpoint).is_dir() and beat.where.loss == losses(out)[max(losses(out))]
     train(out, data, ranks=2)
     assert losses(out) == losses(whole_run)
+    beat = read_beat(out)
+    assert (beat.phase, beat.restarts) == ("done", 1)
+    assert (beat.where.stage, beat.where.step, beat.where.steps, beat.where.global_step) == (2, 8, 8, 24)
 
 
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3_offload"])
@@ -486,20 +494,22 @@ def test_overlong_rows_are_counted(data, tmp_path):
     assert "error: no row of step 1 can be trained on: 8 are longer than prompt.max_tokens 130" in log
 
 
-def test_damaged_checkpoint_is_refused(data, tmp_path):
+def test_damaged_checkpoint_is_passed_over(data, tmp_path):
+    """Refused where the stage asked for starts from it; then its own stage goes on from the one before, on 2 ranks."""
     out = tmp_path / "run"
-    train(out, data, "--stages", "0")
-    newest = Checkpoints(out).all()[-1]
-    victim = next(newest.path.rglob("*optim_states.pt"))
+    train(out, data, "--stages", "0", ranks=2)
+    before = losses(out)
+    *_, one_before, newest = Checkpoints(out).all()
+    victim = sorted(newest.path.rglob("*optim_states.pt"))[-1]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    code, log = try_train(out, data, "--stages", "1")
+    code, log = try_train(out, data, "--stages", "1", ranks=2)
     assert code == 2
-    assert f"error: checkpoint {newest.path}: {victim.name} is damaged; remove this folder" in log
-    before = losses(out)
-    shutil.rmtree(newest.path)
-    train(out, data, "--stages", "0")
+    assert f"error: checkpoint {newest.path}: {victim.name} is damaged; set aside as damaged-{newest.path.name}" in log
+    assert "error: stage 1 starts from the end of stage 0" in log
+    log = train(out, data, "--stages", "0", ranks=2)
+    assert f"resumed from {one_before.path}" in log and one_before.state.step == 6
     assert losses(out) == before and newest.path.exists()
 
 
@@ -560,3 +570,37 @@ def test_timing_of_lease(tmp_path):
     assert time.monotonic() - began < 5
     second.release()
     assert not (tmp_path / "lease.json").exists()
+
+
+HANGING = """
+import os, time
+from pathlib import Path
+from pipeline.latent.parts import FEEDBACKS, Feedback
+
+@FEEDBACKS.add("hanging")
+class Hanging(Feedback):
+    def forward(self, reading):
+        steps = Path("{out}/metrics.jsonl")
+        while os.environ["RANK"] == "1" and steps.exists() and steps.read_text().count("global_step") >= 2:
+            time.sleep(1)
+        return reading.tip[:, None]
+"""
+
+
+def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
+    """One rank never comes back from forward; the other waits for it.  Both say so, and end."""
+    out, plugin = tmp_path / "run", tmp_path / "hanging.py"
+    plugin.write_text(HANGING.format(out=out))
+    stages = "[{latents: 1, skip: 1, steps: 8}]"
+    code, log = try_train(
+        out, data, "--plugin", str(plugin), "--latent.feedback", "hanging", "--curriculum.stages", stages,
+        "--train.hang_minutes", "0.1", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
+    )  # fmt: skip
+    assert code == HUNG, log[-4000:]
+    for rank in (0, 1):
+        said = (out / "logs" / f"rank{rank}.log").read_text()
+        line = re.search(rf"rank {rank} on \S+ hangs: training \(\w+\) for 0\.\d min", said)
+        assert line and line[0] in log
+    assert "hangs: training (forward)" in said and f'"{plugin}", line' in said
+    beat = read_beat(out)
+    assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step in (2, 3)

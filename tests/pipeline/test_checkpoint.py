@@ -24,9 +24,15 @@ from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoi
 @pytest.fixture
 def sound(tmp_path: Path) -> Checkpoint:
     folder = write_checkpoint(tmp_path, STATE)
-    entry = {"bytes": (folder / "state.json").stat().st_size, "sha256": sha256(folder / "state.json")}
-    (folder / "manifest.json").write_text(json.dumps({"state.json": entry}))
+    manifest_of(folder)
     return Checkpoint(folder, STATE)
+
+
+def manifest_of(folder: Path, *more: str) -> None:
+    """Say of a checkpoint's state.json, and other files, that they were written as they are."""
+    files = {name: folder / name for name in ("state.json", *more)}
+    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+    (folder / "manifest.json").write_text(json.dumps(entries))
 
 
 def test_sound(sound: Checkpoint) -> None:
@@ -44,9 +50,34 @@ def test_damaged_manifest(sound: Checkpoint, text: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("text", ["", "[]", '{"stage": 1}', '{"stage": "one"}'])
 def test_damaged_state(sound: Checkpoint, text: str) -> None:
+    """It is no checkpoint any more; one that was written so, by another version, is refused."""
+    checkpoints = Checkpoints(sound.path.parents[1])
     (sound.path / "state.json").write_text(text)
-    with pytest.raises(UserError, match=r"state.json is damaged or of another version; remove this folder"):
-        Checkpoints(sound.path.parents[1]).all()
+    assert checkpoints.all() == [] and checkpoints.unreadable() == [sound.path]
+    with pytest.raises(UserError, match=r"has no sound checkpoint, only damaged ones .stage0-step000008.; to begin"):
+        checkpoints.refuse_none_left()
+    manifest_of(sound.path)
+    with pytest.raises(UserError, match=r"state.json is of another version; remove this folder"):
+        checkpoints.all()
+
+
+def test_set_aside(tmp_path: Path) -> None:
+    """Nothing finds it any more: not all, latest, best or prune; the name may come again."""
+    checkpoints = run_folder(tmp_path, 0, inside={1: 3})
+    newest = write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))
+    (checkpoints.folder / "latest").write_text(newest.name + "\n")
+    name_best(tmp_path, 1, 6)
+    aside = [checkpoints.set_aside(newest)]
+    assert (checkpoints.folder / "latest").read_text() == "stage1-step000003\n" and checkpoints.best(1) is None
+    assert [c.path.name for c in checkpoints.all()] == ["stage0-step000008", "stage1-step000003"]
+    aside.append(checkpoints.set_aside(write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))))
+    checkpoints.prune(1)
+    assert len(checkpoints.all()) == 2 and all((path / "state.json").exists() for path in aside)
+    for checkpoint in checkpoints.all():
+        checkpoints.set_aside(checkpoint.path)
+    assert not (checkpoints.folder / "latest").exists()
+    with pytest.raises(UserError, match=r"no sound checkpoint, only damaged ones .damaged-stage0-step000008, damaged-"):
+        checkpoints.refuse_none_left()
 
 
 def name_best(out: Path, stage: int, step: int, accuracy: float = 0.5) -> None:

@@ -1,0 +1,58 @@
+"""Going on from a sound checkpoint: a damaged one is set aside, and the plan made again from what is left."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pipeline import distributed
+from pipeline.checkpoint import Checkpoint, Checkpoints, damaged_file
+from pipeline.distributed import World
+from pipeline.plan import Plan
+
+
+def from_sound(plan: Plan, world: World, log: logging.Logger) -> Plan:
+    """The plan, its starts checked: every file is as it was written.  All ranks call it together, with one plan.
+
+    Ranks share the hashing.  Raises UserError, on every rank, where a stage cannot begin without what is damaged.
+    """
+    told: list[str] = []
+    problem: UserError | None = None
+    if world.main:
+        unreadable = Checkpoints(plan.out).unreadable()
+        plan, problem = _without(dict.fromkeys(unreadable, "state.json"), plan, told, log)
+    sound: list[Checkpoint] = []
+    while True:
+        problem, stages, starts = distributed.from_main((problem, plan.stages, plan.starts))
+        if problem is not None:
+            raise problem
+        plan = replace(plan, stages=stages, starts=starts)
+        start = next((start for start in plan.starts.values() if start not in sound), None)
+        if start is None:
+            break
+        file = damaged_file(start, world)
+        if not file:
+            sound.append(start)
+        elif world.main:
+            plan, problem = _without({start.path: file}, plan, told, log)
+    if told and plan.starts:
+        log.warning("going on from %s", next(iter(plan.starts.values())).path)
+    return replace(plan, starts={stage: replace(start, checked=True) for stage, start in plan.starts.items()})
+
+
+def _without(
+    damaged: dict[Path, str], plan: Plan, told: list[str], log: logging.Logger
+) -> tuple[Plan, UserError | None]:
+    """Set checkpoints aside, each with its damaged file, and plan again; what stands against it is returned."""
+    try:
+        for path, file in damaged.items():
+            aside = Checkpoints(plan.out).set_aside(path)
+            told.append(f"checkpoint {path}: {file} is damaged; set aside as {aside.name}, and not used any more")
+            log.warning(told[-1])
+        return (plan.again() if damaged else plan), None
+    except UserError as error:
+        return plan, UserError(*told, *error.lines)
+    except OSError as error:
+        return plan, UserError(*told, f"a damaged checkpoint cannot be renamed: {error}")

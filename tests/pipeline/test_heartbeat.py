@@ -1,0 +1,167 @@
+"""The sign of life of a run, and the command that reads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline import heartbeat as module
+from pipeline import status
+from pipeline.activity import Activity
+from pipeline.heartbeat import Beat, Heartbeat, Where, path_of, read_beat
+from pipeline.watch import STOPPED
+from tests.launch import ROOT
+from tests.pipeline.test_lease import becomes_true
+
+WHERE = Where(1, 5, 8, 13, 0.25, 2.0, 1.5, 3)
+BEAT = Beat(
+    time=10_000.0, host="node7", pid=12, job="345", ranks=4, started=6000.0, restarts=2, phase="training",
+    part="forward", seconds=1.0, where=WHERE, checkpoint="stage1-step000003", checkpoint_time=9000.0,
+)  # fmt: skip
+KEPT: Any = SimpleNamespace(lost="")
+
+
+def written(run: Path, beat: Beat) -> Path:
+    path_of(run).write_text(json.dumps(asdict(beat)))
+    return run
+
+
+# ---- activity ---------------------------------------------------------------------------------
+def test_activity_returns_to_what_it_was() -> None:
+    clock = iter(range(100))
+    activity = Activity(lambda: next(clock))
+    activity.enter("training")
+    with activity.part("forward"):
+        assert str(activity.now) == "training (forward)" and activity.now.since == 2
+    with pytest.raises(KeyError), activity("saving"), activity.part("collective"):
+        assert (activity.now.phase, activity.now.part) == ("saving", "collective")
+        raise KeyError
+    assert (activity.now.phase, activity.now.part, activity.now.since) == ("training", "", 7)
+
+
+# ---- writing ----------------------------------------------------------------------------------
+def test_phases_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new phase without waiting for the next beat; at the end what became of it; then one restart more."""
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("stage0-step000003\n")
+    activity = Activity()
+    with Heartbeat(tmp_path, KEPT, 0, 2, activity) as heartbeat:
+        first = read_beat(tmp_path)
+        assert first and (first.phase, first.restarts, first.job, first.where) == ("starting", 0, "77", Where())
+        heartbeat.where = WHERE
+        activity.enter("saving")
+        assert becomes_true(lambda: (beat := read_beat(tmp_path)) and beat.phase == "saving" and beat.where == WHERE)
+    last = read_beat(tmp_path)
+    assert last and (last.phase, last.where, last.checkpoint) == ("done", WHERE, "stage0-step000003")
+    with Heartbeat(tmp_path, KEPT, 0, 2, activity):
+        assert (beat := read_beat(tmp_path)) and beat.restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "reason"),
+    [
+        (SystemExit(STOPPED), "stopped", ""),
+        (UserError("no data", "no model"), "failed", "no data no model"),
+        (RuntimeError("out of\nmemory"), "failed", "RuntimeError: out of memory"),
+    ],
+)
+def test_how_it_ended(tmp_path: Path, error: BaseException, phase: str, reason: str) -> None:
+    with pytest.raises(type(error)), Heartbeat(tmp_path, KEPT, 0, 1, Activity()):
+        raise error
+    beat = read_beat(tmp_path)
+    assert beat and (beat.phase, beat.reason) == (phase, reason)
+
+
+def test_who_may_not_write(tmp_path: Path) -> None:
+    """Another rank, and one whose folder was taken over."""
+    with Heartbeat(tmp_path, KEPT, 1, 2, Activity()):
+        pass
+    with Heartbeat(tmp_path, SimpleNamespace(lost="taken"), 0, 2, Activity()):  # type: ignore[arg-type]
+        pass
+    assert not path_of(tmp_path).exists()
+
+
+def test_a_failing_disk_is_left_alone(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path / "gone", KEPT, 0, 1, Activity()):
+        pass
+
+
+def test_a_damaged_name_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    assert module.newest_checkpoint(tmp_path) == {"checkpoint": "", "checkpoint_time": None}
+
+
+def test_a_damaged_file_counts_no_restarts(tmp_path: Path) -> None:
+    path_of(tmp_path).write_text('{"time": "x')
+    with pytest.raises(UserError, match=r"heartbeat.json is damaged; the next start of training replaces it"):
+        read_beat(tmp_path)
+    with Heartbeat(tmp_path, KEPT, 0, 1, Activity()):
+        assert (beat := read_beat(tmp_path)) and beat.restarts == 0
+
+
+# ---- reading ----------------------------------------------------------------------------------
+def test_alive(tmp_path: Path) -> None:
+    for stage in (0, 10):
+        (tmp_path / f"stage{stage}.done").write_text("{}")
+    lines = status.lines(tmp_path, BEAT, BEAT.time + 4)
+    assert lines == [
+        f"{tmp_path}: alive: training (forward) for 5 s; heartbeat 4 s ago",
+        "process 12 on node7, job 345, 4 ranks, started 1 h 6 min ago, restart 2",
+        "stage 1: step 5 of 8, global step 13",
+        "loss 0.2500, 2.00 steps/s, 2 s left in the stage, 3 bad samples",
+        "stages done: 0, 10",
+        "newest checkpoint: none",
+    ]
+
+
+@pytest.mark.parametrize(("phase", "head"), [("validating", "HANGS: "), ("saving", "alive: ")])
+def test_a_process_that_lives_and_does_not_get_on(tmp_path: Path, phase: str, head: str) -> None:
+    beat = replace(BEAT, phase=phase, seconds=715.0)
+    said = f"{tmp_path}: {head}{phase} (forward) for 12 min; heartbeat 5 s ago"
+    assert status.lines(tmp_path, beat, beat.time + 5)[0] == said
+    assert status.alive(beat, beat.time + 5) == (head == "alive: ")
+
+
+@pytest.mark.parametrize(
+    ("phase", "age", "code", "said"),
+    [
+        ("training", 5, 0, "alive: training (forward) for 6 s"),
+        ("exporting", 110, 0, "alive"),
+        ("training", 720, 1, "DEAD: no sign of life for 12 min; its last was training (forward)"),
+        ("stopped", 30, 1, "stopped on request 30 s ago; the same command goes on"),
+        ("failed", 30, 1, "failed 30 s ago: no disk"),
+        ("done", 10**6, 0, "done, 11 d 13 h ago"),
+    ],
+)
+def test_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, phase: str, age: int, code: int, said: str
+) -> None:
+    monkeypatch.setattr(status.time, "time", lambda: BEAT.time + age)
+    run = written(tmp_path, replace(BEAT, phase=phase, reason="no disk" if phase == "failed" else ""))
+    if code:
+        with pytest.raises(SystemExit) as end:
+            status.main(run=run)
+        assert end.value.code == code
+    else:
+        status.main(run=run)
+    assert f"{run}: {said}" in capsys.readouterr().out
+
+
+def test_command(tmp_path: Path) -> None:
+    """It imports no torch, and a folder without a run is a user's mistake."""
+    code = "import sys, pipeline.status; assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    for run, said in ((tmp_path / "no", "no such folder"), (tmp_path, "has no heartbeat.json")):
+        with pytest.raises(UserError, match=said):
+            status.main(run=run)
