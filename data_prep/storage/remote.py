@@ -17,20 +17,17 @@ import re
 import ssl
 import weakref
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-import fsspec
 import numpy as np
-from fsspec.asyn import sync
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.storage import Part, persist
 from data_prep.storage.cache import open_cache
+from data_prep.storage.connection import MOST, MOST_SMALL, Connection, WholeFile
 
 if TYPE_CHECKING:
     from data_prep.index import IndexEntry, ShardEntry
@@ -43,25 +40,12 @@ OPEN_SECONDS = 30.0
 """How long a manifest or index is asked for before the server counts as out of reach."""
 READ_SECONDS = 300.0
 """The same for a part of a tar."""
-CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
-"""HTTP: for a connection, and between two pieces of an answer."""
 PART_SECONDS, WHOLE_SECONDS = 60.0, 1800.0
 """For the answer with a part or a small file, and with a whole one."""
-MOST_SMALL = 2**27
-"""Bytes of a manifest: that of a folder of ten million samples has some 4 million."""
-_MOST_TOLD = 2**20
-"""Bytes of a page with which a server says what is wrong."""
-_most: ContextVar[int] = ContextVar("most", default=MOST_SMALL)
-"""HTTP: bytes that the answer to this request can have; a server may send them for ever."""
-
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT}
 """What this machine's disk says where nothing can be kept."""
 
 T = TypeVar("T")
-
-
-class _Whole(Exception):
-    """A server gave a whole file where a part was asked for."""
 
 
 class _OtherContent(OSError):
@@ -76,7 +60,7 @@ class RemoteStorage:
         self.url = url
         self._cache = open_cache(cache_gb)
         self._server = "://".join(urlsplit(url)[:2])
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         try:
             self._connect()
         except (ImportError, ValueError) as error:
@@ -178,7 +162,7 @@ class RemoteStorage:
         return self._ask(name, lambda at, path: at.files.cat_file(path, **at.within(PART_SECONDS)), OPEN_SECONDS, most)
 
     def _part(self, shard: ShardEntry, start: int, stop: int) -> bytes:
-        def ask(at: _Connection, path: str) -> bytes:
+        def ask(at: Connection, path: str) -> bytes:
             content: bytes = at.files.cat_file(path, start=start, end=stop, **at.within(PART_SECONDS))
             if len(content) != stop - start:
                 raise OSError(f"{len(content)} bytes came, not {stop - start}")
@@ -186,7 +170,7 @@ class RemoteStorage:
 
         try:
             return self._ask(shard["name"], ask, READ_SECONDS, stop - start)
-        except _Whole:
+        except WholeFile:
             return self._part_of_whole(shard, start, stop)
 
     def _part_of_whole(self, shard: ShardEntry, start: int, stop: int) -> bytes:
@@ -202,7 +186,7 @@ class RemoteStorage:
     def _whole(self, entry: IndexEntry | ShardEntry, to: Path, seconds: float, most: int) -> None:
         """Fetch a file and check its hash."""
 
-        def ask(at: _Connection, path: str) -> None:
+        def ask(at: Connection, path: str) -> None:
             at.files.get_file(path, str(to), **at.within(WHOLE_SECONDS))
             if sha256(to) != entry["sha256"]:
                 raise _OtherContent("it is not the one of the manifest")
@@ -215,16 +199,16 @@ class RemoteStorage:
         while self._cache and (block := content.read(BLOCK)) and self._cache.put(_block(shard, number), block):
             number += 1
 
-    def _ask(self, name: str, question: Callable[[_Connection, str], T], seconds: float, most: int) -> T:
+    def _ask(self, name: str, question: Callable[[Connection, str], T], seconds: float, most: int) -> T:
         """`question` of (connection, path), asked until it is answered.  Raises OSError with a line that says why."""
 
         def ask() -> T:
-            _most.set(most)  # fsspec's thread works in this one's context
+            MOST.set(most)  # fsspec's thread works in this one's context
             return question(self._connect(), self._file(name))
 
         try:
             answer = persist(ask, _passes, 0.0 if self._server in _LOST else seconds)
-        except _Whole:
+        except WholeFile:
             raise
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "there is no such file") from None
@@ -240,11 +224,11 @@ class RemoteStorage:
         parts = urlsplit(self.url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}" if name else parts.path))
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Connection:
         """This process's own: neither sockets nor the thread behind them survive a fork."""
         if self._connection is None or self._connection.process != os.getpid():
             self.disconnect()
-            self._connection = _Connection(self.url)
+            self._connection = Connection(self.url)
             _CONNECTED.add(self)
         return self._connection
 
@@ -258,8 +242,6 @@ class RemoteStorage:
 _LOST: set[str] = set()
 """Servers that were asked in vain for as long. They are asked once at a time until something comes."""
 _CONNECTED: weakref.WeakSet[RemoteStorage] = weakref.WeakSet()
-_PAST: list[Any] = []
-"""File systems that are not used any more. What they do at their end would reach from a child into its parent."""
 
 
 def _disconnect_all() -> None:
@@ -269,101 +251,6 @@ def _disconnect_all() -> None:
 
 
 os.register_at_fork(before=_disconnect_all)
-
-
-@dataclass
-class _Connection:
-    """fsspec's file system of a URL, made by and for one process."""
-
-    url: str
-    process: int = field(default_factory=os.getpid)
-
-    def __post_init__(self) -> None:
-        self._session: Any = None
-        options: dict[str, Any] = {}
-        if self.url.startswith(("http://", "https://")):
-            options = self._http()
-        self.files, _ = fsspec.url_to_fs(self.url, skip_instance_cache=True, **options)
-
-    def within(self, seconds: float) -> dict[str, Any]:
-        """Arguments that bound a request's time; file systems without fsspec's thread have bounds of their own."""
-        return {"timeout": seconds} if self.files.async_impl else {}
-
-    def _http(self) -> dict[str, Any]:
-        import aiohttp
-
-        async def client(**arguments: Any) -> Any:
-            self._session = aiohttp.ClientSession(**arguments)
-            return self._session
-
-        return {
-            "get_client": client,
-            "client_kwargs": {
-                "timeout": aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS),
-                "middlewares": (_only_parts, _bounded),
-                "headers": {"Accept-Encoding": "identity"},  # else a part is one of something else
-                "trust_env": True,  # proxies
-            },
-        }
-
-    def close(self) -> None:
-        _PAST.append(self.files)
-        if self._session is not None and self.process == os.getpid():
-            try:
-                sync(self.files.loop, self._session.close, timeout=5)
-            except Exception as error:
-                logging.getLogger(__name__).debug("a connection could not be closed: %s", error)
-
-
-class _Body:
-    """The stream of an answer's body, which ends with an error where it is longer than `most` bytes."""
-
-    def __init__(self, stream: Any, most: int) -> None:
-        self._stream, self._left = stream, most
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    async def read(self, size: int = -1) -> bytes:
-        if size >= 0:
-            return self._counted(await self._stream.read(size))
-        blocks = []
-        while block := await self._stream.readany():
-            blocks.append(self._counted(block))
-        return b"".join(blocks)
-
-    def _counted(self, block: bytes) -> bytes:
-        self._left -= len(block)
-        if self._left < 0:
-            raise OSError("more bytes came than the file can have")
-        return block
-
-
-async def _bounded(request: Any, handler: Any) -> Any:
-    """Of no answer is more read than it can have, whatever its head says, or unpacks to."""
-    response = await handler(request)
-    response.content = _Body(response.content, _most.get() if response.status in (200, 206) else _MOST_TOLD)
-    return response
-
-
-async def _only_parts(request: Any, handler: Any) -> Any:
-    """Let no answer through, before its body comes, that is another part than was asked for."""
-    response = await handler(request)
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
-    if wanted is None or response.status not in (200, 206):
-        return response
-    start, size = int(wanted[1]), int(wanted[2]) - int(wanted[1]) + 1
-    begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if response.status == 200 and not (start == 0 and response.content_length == size):
-        response.close()
-        raise _Whole
-    if response.status == 206 and (begins is None or int(begins[1]) != start):
-        response.close()
-        raise OSError("another part of the file came")
-    if response.content_length is not None and response.content_length > size:
-        response.close()
-        raise OSError(f"{response.content_length} bytes came, not {size}")
-    return response
 
 
 def _span(parts: Sequence[Part]) -> tuple[int, int]:
@@ -378,7 +265,7 @@ def _block(shard: ShardEntry, number: int) -> str:
 
 def _passes(error: Exception) -> bool:
     """Whether an error may be gone a moment later."""
-    if isinstance(error, _Whole | FileNotFoundError | PermissionError | ssl.CertificateError):
+    if isinstance(error, WholeFile | FileNotFoundError | PermissionError | ssl.CertificateError):
         return False
     if isinstance(error, ValueError | TypeError | AttributeError | ImportError | NotImplementedError):
         return False

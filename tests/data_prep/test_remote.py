@@ -19,7 +19,7 @@ from data_prep.example import Example
 from data_prep.index import read_manifest
 from data_prep.reader import BadSample, ShardIndex, open_split
 from data_prep.shard import build
-from data_prep.storage import cache, location_of, open_storage, remote
+from data_prep.storage import cache, connection, location_of, open_storage, remote
 from data_prep.storage.cache import Cache, open_cache
 from tests.data_prep.conftest import TRAILS
 from tests.server import (
@@ -63,7 +63,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BLOCK", 3000)
     monkeypatch.setattr(remote, "OPEN_SECONDS", 0.2)
     monkeypatch.setattr(remote, "READ_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.15)
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 0.15)
     monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.02)
 
 
@@ -218,7 +218,7 @@ def test_no_more_is_read_than_a_file_can_have(
 ) -> None:
     """Whatever its head says: neither memory nor disk are the server's to fill."""
     monkeypatch.setattr(remote, "MOST_SMALL", 10**6)
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 5.0)
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 5.0)
     index = open_split(server.url, "train", cache_gb)
     told = "more bytes came than the file can have"
     server.break_tars(fault)
