@@ -5,31 +5,23 @@ The loader holds no position: it is asked for steps from a given one on, so resu
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_prep.errors import UserError
-from data_prep.example import Example, InvalidExample
 from data_prep.reader import BadSample
-from pipeline import distributed
 from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
+from pipeline.matching import matching, read_sound
 from pipeline.mixture import Index, members_of, record_values
 from pipeline.order import EMPTY, BatchOrder, DataState, Stream, rank_share
 from pipeline.prompt import OverlongSample, RowBuilder, UnusableSample
-
-LAST_SECONDS = 30
-"""How long a worker outlives a SIGTERM that did not come from its rank."""
+from pipeline.workers import loaded
 
 
 @dataclass(frozen=True)
@@ -46,10 +38,6 @@ class Share:
         """Micro-batches of a step, the same on every rank."""
         share = -(-self.global_batch // self.world)
         return -(-share // self.micro_batch)
-
-
-Where = Mapping[str, Collection[str]]
-"""Breakdown fields -> the values that are wanted"""
 
 
 class StageSteps(Dataset):
@@ -168,87 +156,6 @@ class StageSteps(Dataset):
         return training_row(self.index, self.builder, sample, stage, self.curriculum)
 
 
-def _outlast_signals(worker: int) -> None:
-    """A signal to the whole process group asks the rank to stop: its workers go on while it saves, but not for ever."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_on_term, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_on_term(rank: int) -> None:
-    """End at the rank's own SIGTERM; after somebody else's, `LAST_SECONDS` later at most."""
-    if signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-        signal.sigtimedwait({signal.SIGTERM}, LAST_SECONDS)
-    os._exit(0)
-
-
-@contextlib.contextmanager
-def lost_workers_told() -> Iterator[None]:
-    """Turn the end of a loader's worker process, which torch tells at any place, into one line.  Raises UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            f"a loader's worker process was ended from outside, by a signal or for want of memory ({error}); start the"
-            " same command again, with fewer data.workers if memory is short"
-        ) from None
-
-
-STRETCH = 256
-"""Samples that `matching` reads at a time."""
-PROGRESS_SECONDS = 10
-
-
-class _Matches(Dataset):
-    """Stretches of samples -> which of them each of `wheres` keeps, (wheres, samples) bool."""
-
-    def __init__(self, index: Index, wheres: Sequence[Where], start: int, stop: int) -> None:
-        self.index, self.wheres, self.places = index, wheres, range(start, stop)
-
-    def __len__(self) -> int:
-        return -(-len(self.places) // STRETCH)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        places = self.places[number * STRETCH : (number + 1) * STRETCH]
-        return np.array([self._matches(place) for place in places]).T
-
-    def _matches(self, place: int) -> list[bool]:
-        try:
-            fields = read_sound(self.index, place).fields
-        except BadSample:
-            return [True] * len(self.wheres)
-        return [all(fields.get(name) in values for name, values in where.items()) for where in self.wheres]
-
-
-def matching(
-    index: Index,
-    wheres: Sequence[Where],
-    workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    say: Callable[..., None] = lambda *_: None,
-) -> list[np.ndarray]:
-    """For each of `wheres`: positions of the samples whose breakdown fields have the values that it lists.
-
-    Reads every sample once.  A bad sample matches: it is to be counted as bad.  Several ranks, which call it together,
-    read a part each.
-    """
-    dataset = _Matches(index, wheres, len(index) * rank // world, len(index) * (rank + 1) // world)
-    found, told = [np.zeros((len(wheres), 0), dtype=bool)], time.monotonic()
-    for number, part in enumerate(_loaded(dataset, range(len(dataset)), workers)):
-        found.append(part)
-        if time.monotonic() - told > PROGRESS_SECONDS:
-            told = time.monotonic()
-            say("looking for the samples that fit: %d%%", 100 * number // len(dataset))
-    mine = np.concatenate(found, axis=1)
-    if world > 1:
-        parts = distributed.gather((np.packbits(mine, axis=1), mine.shape[1]))
-        mine = np.concatenate([np.unpackbits(bits, axis=1, count=count) for bits, count in parts], axis=1)
-    return [np.flatnonzero(row) for row in mine]
-
-
 def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> np.ndarray:
     """About how many columns the rows of samples have, (samples,) int64, from the index records alone.
 
@@ -265,19 +172,6 @@ def expected_columns(index: Index, builder: RowBuilder, samples: np.ndarray) -> 
     shapes, which = np.unique(np.stack([widths, heights]), axis=1, return_inverse=True)
     images = np.array([columns_of(int(w), int(h)) for w, h in shapes.T], dtype=np.int64)
     return images[which.reshape(-1)] + sizes // 4
-
-
-def read_sound(index: Index, sample: int) -> Example:
-    """The Example at a position; its picture may still be one that cannot be decoded.
-
-    Raises BadSample, also where it breaks a rule that `data_prep.shard` keeps: another program wrote it.
-    """
-    example = index.read(sample)
-    try:
-        replace(example, image=None).validate()
-    except InvalidExample as error:
-        raise BadSample(index.key(sample), str(error)) from error
-    return example
 
 
 def training_row(
@@ -299,24 +193,4 @@ def training_row(
 
 def steps_from(dataset: StageSteps, start: int, workers: int) -> Iterator[list[Batch]]:
     """Micro-batches of steps `start`, `start+1`, ... of the stage, in order, whatever the number of workers."""
-    return _loaded(dataset, range(start, len(dataset)), workers)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _loaded(dataset: Dataset, sampler: range, workers: int) -> Iterator[Any]:
-    """Items of a data set, in the sampler's order, made by worker processes; by none, in this one."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            sampler=sampler,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_outlast_signals,
-        )
-    )
+    return loaded(dataset, range(start, len(dataset)), workers)

@@ -36,7 +36,7 @@ from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hype
 from pipeline.heartbeat import Heartbeat, Where
 from pipeline.keep import Keeper, full_disk_told
 from pipeline.lease import Lease
-from pipeline.loader import Share, StageSteps, lost_workers_told, steps_from
+from pipeline.loader import Share, StageSteps, steps_from
 from pipeline.monitor import (
     Monitor,
     Progress,
@@ -52,6 +52,7 @@ from pipeline.prompt import PROMPTS
 from pipeline.resume import from_sound
 from pipeline.validate import ValidationSet, validate
 from pipeline.watchdog import Watchdog
+from pipeline.workers import lost_workers_told
 
 
 def main(

@@ -28,19 +28,11 @@ from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import (
-    Share,
-    StageSteps,
-    _loaded,
-    _Matches,
-    _outlast_signals,
-    lost_workers_told,
-    matching,
-    steps_from,
-    training_row,
-)
+from pipeline.loader import Share, StageSteps, steps_from, training_row
+from pipeline.matching import _Matches, matching
 from pipeline.order import EpochOrder
 from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.workers import _outlast_signals, loaded, lost_workers_told
 from tests.pipeline.examples import make_example, picture
 from tests.server import dropped, serving
 
@@ -361,7 +353,7 @@ class Ended(list[int]):
 
 def test_a_worker_that_is_ended_is_one_line() -> None:
     with pytest.raises(UserError, match="worker process was ended from outside.*start the"), lost_workers_told():
-        next(_loaded(Ended([1]), range(1), 1))  # type: ignore[arg-type]
+        next(loaded(Ended([1]), range(1), 1))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="another"), lost_workers_told():
         raise RuntimeError("another")
 

@@ -17,12 +17,14 @@ from data_prep.errors import UserError
 from data_prep.reader import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
-from pipeline import distributed, loader
+from pipeline import distributed
+from pipeline import matching as matching_module
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.config import RunConfig, load_config
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.fitting import all_stages
-from pipeline.loader import Share, StageSteps, matching, steps_from
+from pipeline.loader import Share, StageSteps, steps_from
+from pipeline.matching import matching
 from pipeline.mixture import Mixture
 from pipeline.order import EpochOrder
 from pipeline.prepare import check_data, check_patches, spread
@@ -233,7 +235,7 @@ def test_samples_are_read_once_for_all_stages(root: Path, builder: RowBuilder, t
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_read_a_part_each(root: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     index, where = mixture(root), [{"kind": ["look"]}, {"kind": ["follow"]}]
-    monkeypatch.setattr(loader, "STRETCH", 4)
+    monkeypatch.setattr(matching_module, "STRETCH", 4)
     parts: list[Any] = []
     monkeypatch.setattr(distributed, "gather", lambda part: parts.append(part) or [part] * 3)
     for rank in range(3):
