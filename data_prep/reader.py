@@ -144,7 +144,12 @@ class ShardIndex:
             small = small and bool(np.all(sizes <= most))  # else they would be read into memory before their hash
         if not inside:
             return f"the index points outside {entry['name']}"
-        return "" if small else f"the index of {entry['name']} has a sample larger than any that is written"
+        if not small:
+            return f"the index of {entry['name']} has a sample larger than any that is written"
+        pictures = (part["extension"] > 0) == (part["image_size"] > 0)
+        return (
+            "" if bool(np.all(pictures)) else f"the index of {entry['name']} has pictures without bytes, or the reverse"
+        )
 
 
 def open_split(folder: Location, split: str, cache_gb: float | None = None) -> ShardIndex:

@@ -188,6 +188,13 @@ def test_an_index_that_is_damaged_while_it_is_read(trails: Path, byte: int) -> N
         assert caught.value.key == index.key(row) == f"train-000001.tar[{row - 10}]"
 
 
+def test_an_index_that_hides_a_picture_is_not_followed(trails: Path) -> None:
+    def change(part: np.ndarray) -> None:
+        part["extension"][3] = 0
+
+    assert "pictures without bytes" in bad_shard(trails, change, refit=True)
+
+
 def test_opening_reads_no_index(trails: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of ten million samples opens as fast as a small one."""
     index = open_split(trails, "train")

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from data_prep import cli
 from data_prep.errors import UserError
-from tests.fuzz.harness import Counts, Harness
-from tests.fuzz.kinds import KINDS
+from tests.fuzz.harness import KINDS, Counts, Harness
 
 
 def main(*, cases: int = 20_000, seed: int = 0, kind: str | None = None, number: int | None = None) -> None:
@@ -41,9 +40,9 @@ def main(*, cases: int = 20_000, seed: int = 0, kind: str | None = None, number:
                 except Exception:
                     failures.append(f"--seed {seed} --kind '{kind}' --number {n}\n{traceback.format_exc()}")
                     tqdm.write(failures[-1])
-    print(f"{'kind':20}{'cases':>8}{'accepted':>10}{'rejected':>10}{'refused':>10}")
+    print(f"{'kind':24}{'cases':>8}{'accepted':>10}{'rejected':>10}{'refused':>10}")
     for kind, counts in table.items():
-        print(f"{kind:20}{counts.cases:8}{counts.accepted:10}{counts.rejected:10}{counts.refused:10}")
+        print(f"{kind:24}{counts.cases:8}{counts.accepted:10}{counts.rejected:10}{counts.refused:10}")
     print(f"{sum(c.cases for c in table.values())} cases in {time.monotonic() - began:.0f} s; {len(failures)} failed")
     if failures:
         sys.exit(1)

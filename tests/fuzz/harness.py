@@ -29,9 +29,12 @@ from pipeline.batch import collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.loader import training_row
 from pipeline.prompt import PromptConfig, RowBuilder
-from tests.fuzz.kinds import FOLDERS, INPUTS, PICTURE, Case, question
+from tests.fuzz import kinds, listed
+from tests.fuzz.kinds import PICTURE, Case, question
 from tests.pipeline.conftest import TEXTS
 
+INPUTS, FOLDERS = kinds.INPUTS | listed.INPUTS, kinds.FOLDERS | listed.FOLDERS
+KINDS = (*INPUTS, *FOLDERS)
 SECONDS = 20
 """No case takes so long."""
 CURRICULUM = CurriculumConfig(stages=[StageConfig(latents=2, skip=2, epochs=1)])

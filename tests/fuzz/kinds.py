@@ -228,7 +228,8 @@ def odd_tar(random: random.Random, folder: Path) -> Case:
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
-def _with_picture(random: random.Random, folder: Path, picture: bytes, good: bool | None) -> Case:
+def with_picture(random: random.Random, folder: Path, picture: bytes, good: bool | None) -> Case:
+    """Between two sound questions one with this picture, to be taken or not (None: it may be), in lines or a tar."""
     sound, bad = {"first", "last"} | ({"odd"} if good else set()), {"odd"} if good is False else set()
     if random.random() < 0.5:
         odd = [member("odd.json", json.dumps(question("odd")).encode()), member("odd.jpg", picture)]
@@ -243,23 +244,24 @@ def _with_picture(random: random.Random, folder: Path, picture: bytes, good: boo
 
 def odd_picture(random: random.Random, folder: Path) -> Case:
     """A rare, harmful or half picture."""
-    return _with_picture(random, folder, *pictures.odd(random))
+    return with_picture(random, folder, *pictures.odd(random))
 
 
 def damaged_picture(random: random.Random, folder: Path) -> Case:
     """Damaged bytes in a picture of any format."""
     name = random.choice([name for name in pictures.GOOD if "unknown" not in name])
-    return _with_picture(random, folder, mutated(random, pictures.made(name)), None)
+    return with_picture(random, folder, mutated(random, pictures.made(name)), None)
 
 
 # ---- finished folders ------------------------------------------------------------------------------------------
-def _copied(folder: Path, template: Path) -> Path:
+def copied(folder: Path, template: Path) -> Path:
+    """A copy of the finished folder, to be damaged."""
     return Path(shutil.copytree(template, folder / "copy"))
 
 
 def damaged_index(random: random.Random, folder: Path, template: Path) -> Case:
     """Damaged bytes in the index."""
-    copy = _copied(folder, template)
+    copy = copied(folder, template)
     path = copy / "train.index.npy"
     path.write_bytes(mutated(random, path.read_bytes()))
     return Case(path=copy)
@@ -267,7 +269,7 @@ def damaged_index(random: random.Random, folder: Path, template: Path) -> Case:
 
 def damaged_shard(random: random.Random, folder: Path, template: Path) -> Case:
     """Damaged bytes in a tar, mostly without changing its size."""
-    copy = _copied(folder, template)
+    copy = copied(folder, template)
     path = random.choice(sorted(copy.glob("train-*.tar")))
     content = path.read_bytes()
     changed = mutated(random, content)
@@ -277,7 +279,7 @@ def damaged_shard(random: random.Random, folder: Path, template: Path) -> Case:
 
 def damaged_manifest(random: random.Random, folder: Path, template: Path) -> Case:
     """Damaged bytes in the manifest, or an odd value under a hash that fits."""
-    copy = _copied(folder, template)
+    copy = copied(folder, template)
     path = copy / "manifest.json"
     if random.random() < 0.4:
         path.write_bytes(mutated(random, path.read_bytes()))
@@ -307,4 +309,3 @@ INPUTS: dict[str, Callable[[random.Random, Path], Case]] = {
 FOLDERS: dict[str, Callable[[random.Random, Path, Path], Case]] = {
     "folder: index": damaged_index, "folder: tar": damaged_shard, "folder: manifest": damaged_manifest,
 }  # fmt: skip
-KINDS = (*INPUTS, *FOLDERS)

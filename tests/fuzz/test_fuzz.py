@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from data_prep.example import InvalidExample, check_image, image_size
 from pipeline.prompt import UnusableSample, open_image
 from tests.fuzz import pictures
-from tests.fuzz.harness import Counts, Harness
-from tests.fuzz.kinds import KINDS
+from tests.fuzz.harness import INPUTS, KINDS, Counts, Harness
+from tests.fuzz.kinds import FOLDERS as DAMAGED
+from tests.fuzz.kinds import INPUTS as MUTATED
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_cases(harness: Harness, kind: str) -> None:
     counts = Counts()
-    for number in range(6 if kind.startswith("parquet") else 12):
+    for number in range(12 if kind in MUTATED | DAMAGED and not kind.startswith("parquet") else 5):
         harness.run(kind, number, counts)
     assert counts.accepted + counts.rejected + counts.refused >= counts.cases
 
@@ -67,10 +69,6 @@ def test_only_five_decoders_see_pictures(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cases_depend_on_their_number_alone(harness: Harness, tmp_path: Path) -> None:
-    import random
-
-    from tests.fuzz.kinds import INPUTS
-
     def content(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
