@@ -290,8 +290,9 @@ def test_json_of_absurd_nesting(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(DEEP)
     (tmp_path / "checkpoints" / "stage0-step1" / "manifest.json").touch()
-    for read in (read_manifest, read_reports, lambda run: Checkpoints(run).all()):
+    for read in (read_manifest, read_reports):
         with pytest.raises(UserError):
             read(tmp_path)
+    assert [path.name for path in Checkpoints(tmp_path).unreadable()] == ["stage0-step1"]
     with pytest.raises(UserError, match="not JSON: nested too deeply"):
         load_json(tmp_path / "manifest.json", "file")
