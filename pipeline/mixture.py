@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.example import Example
 from data_prep.reader import ShardIndex
+from data_prep.storage import shown
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Mixture:
     """The samples of a split of several data sets by position, one data set behind the other."""
 
     def __init__(self, folders: Sequence[Path | str], indexes: Sequence[ShardIndex], weights: Sequence[int]) -> None:
-        names = [Path(folder).name for folder in folders]
-        names = [name if names.count(name) == 1 else str(folders[i]) for i, name in enumerate(names)]
+        places = [shown(folder) for folder in folders]
+        names = [Path(place).name for place in places]
+        names = [name if names.count(name) == 1 else places[i] for i, name in enumerate(names)]
         self._starts = np.cumsum([0, *map(len, indexes)])
         self.members = [
             Member(name, index, weight, int(first))

@@ -31,7 +31,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from data_prep.index import read_manifest
 from data_prep.reader import ShardIndex, open_split
-from data_prep.storage import Location, location_of
+from data_prep.storage import Location, location_of, shown
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
@@ -219,13 +219,13 @@ def check_data(config: RunConfig) -> dict[str, Index]:
             try:
                 opened[split].append(open_split(folder, split, config.data.cache_gb))
                 if not len(opened[split][-1]):
-                    problems.append(f"{folder}: split {split} is empty")
+                    problems.append(f"{shown(folder)}: split {split} is empty")
             except UserError as error:
                 problems += error.lines
     if not problems:
         hashes = [index.index_hash for index in opened["train"]]
         problems += [
-            f"data.mix: {folders[i]} holds the same samples as {folders[first]}; leave one out"
+            f"data.mix: {shown(folders[i])} holds the same samples as {shown(folders[first])}; leave one out"
             for i, found in enumerate(hashes)
             if (first := hashes.index(found)) < i
         ]

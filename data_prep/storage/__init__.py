@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 
@@ -139,6 +139,14 @@ def persist(action: Callable[[], T], passes: Callable[[Exception], bool], second
 def is_url(location: Location) -> bool:
     """Whether a folder is reached by a URL."""
     return isinstance(location, str) and "://" in location
+
+
+def shown(location: Location) -> str:
+    """A folder as messages call it: a URL without what may be secret in it (user, password, query)."""
+    if not is_url(location):
+        return str(location)
+    parts = urlsplit(str(location))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def location_of(text: str) -> Location:

@@ -25,7 +25,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from data_prep.storage import Part, persist
+from data_prep.storage import Part, persist, shown
 from data_prep.storage.cache import open_cache
 from data_prep.storage.connection import MOST, MOST_SMALL, Connection, WholeFile
 
@@ -70,8 +70,7 @@ class RemoteStorage:
         return vars(self) | {"_connection": None}
 
     def describe(self, name: str) -> str:
-        parts = urlsplit(self._file(name))
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))  # without secrets
+        return shown(self._file(name))
 
     def size(self, name: str) -> None:
         return None  # a request for every tar: thousands would take minutes

@@ -151,6 +151,8 @@ def test_identity_covers_members_order_and_weights(root: Path) -> None:
 def test_names_that_are_not_unique_are_paths(root: Path) -> None:
     index = open_split(root / "a", "train")
     assert [member.name for member in Mixture(["x/a", "y/a", "b"], [index] * 3, [1] * 3).members] == ["x/a", "y/a", "b"]
+    urls = ["https://me:secret@host/a?key=secret", "https://host/b"]
+    assert [member.name for member in Mixture(urls, [index] * 2, [1] * 2).members] == ["a", "b"]
 
 
 # ---- what is refused --------------------------------------------------------------------------
