@@ -94,6 +94,9 @@ class StageSteps(Dataset):
         nothing = [m.name for m, stream in zip(members, order.streams, strict=True) if not len(stream)]
         if nothing and len(members) > 1:
             raise UserError(*(f"stage {self.stage}: no training sample of {name} fits it" for name in nothing))
+        where = dict(self.curriculum.stages[self.stage].where)
+        if not order.epoch_samples and where:
+            raise UserError(f"stage {self.stage}: 0 training samples fit it, by its curriculum.stages.where {where}")
         if not order.steps_per_epoch:
             raise UserError(
                 f"stage {self.stage}: {order.epoch_samples} training samples fit it, less than one global batch of"
