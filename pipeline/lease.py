@@ -51,6 +51,18 @@ class Lease:
             raise UserError(f"{self.path.parent} cannot be used as a run folder: {error}") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
+    def check(self) -> None:
+        """To be called before every write to the folder, by the rank that holds the lease.
+
+        Reads the file.  Raises UserError where another trainer has taken the folder over; a disk that fails for a
+        moment takes the lease from nobody.
+        """
+        if not self.lost:
+            with contextlib.suppress(OSError):
+                self._look()
+        if self.lost:
+            raise UserError(self.lost)
+
     def release(self) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):  # left behind it goes stale
@@ -92,9 +104,15 @@ class Lease:
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     write_atomic(self.path, json.dumps(self._content()))
-                elif (holder := self._read()) != {}:
-                    self.lost = f"{self.path.parent} was taken over by {_named(holder or {})}"
+                elif self._look():
                     return
+
+    def _look(self) -> str:
+        """Note in `lost` who holds the lease now, if we do not."""
+        holder = self._read()
+        if holder != {} and (holder or {}).get("token") != self._identity["token"]:
+            self.lost = f"{self.path.parent} was taken over by {_named(holder or {})}"
+        return self.lost
 
     def _content(self) -> dict[str, Any]:
         return {**self._identity, "renewed": time.time()}

@@ -99,3 +99,12 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used as a run folder"):
         Lease(tmp_path / "file" / "run").acquire()
+
+
+def test_a_write_looks_before(held: Lease) -> None:
+    held.check()
+    taken = {"token": "other", "host": "node9", "pid": 7, "renewed": time.time()}
+    held.path.write_text(json.dumps(taken))
+    with pytest.raises(UserError, match="was taken over by process 7 on node9"):
+        held.check()
+    assert held.lost
