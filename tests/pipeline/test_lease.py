@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline import lease as module
-from pipeline.lease import STALE, Lease
+from pipeline.keeping import lease as module
+from pipeline.keeping.lease import STALE, Lease
 
 
 @pytest.fixture
