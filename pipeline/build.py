@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.data.mixture import Index, Mixture
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
 from pipeline.keeping.checkpoint import Checkpoint
+from pipeline.memory import snapshot_bytes
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 from pipeline.registry import load_plugin
@@ -73,14 +75,18 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     return Parts(built.engine, processor, builder, indexes, stages, base, base_hash)
 
 
-def make_missing(plan: Plan, world: World, log: logging.Logger) -> Path | str:
-    """Rank 0 makes data and base model where they are missing; a mistake it finds is raised on every rank."""
+def make_missing(plan: Plan, world: World, log: logging.Logger, fence: Callable[[], None]) -> Path | str:
+    """Rank 0 makes data and base model where they are missing; a mistake it finds is raised on every rank.
+
+    fence: raises where the run folder is another trainer's (`Lease.check`).
+    """
     problem: UserError | None = None
     base: Path | str = ""
     if world.main:
         try:
             prepare.make_data(plan.config, log.info)
             base = prepare.make_base(plan.config, plan.out, log.info)
+            fence()
             write_config(plan.config, plan.out)
         except UserError as error:
             problem = error
@@ -112,6 +118,9 @@ def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.L
     if memory.gathered:
         how = "stay gathered between passes" if built.resident else "are gathered anew by every pass"
         log.info("parameters %s; a whole copy takes %.2f GB", how, memory.gathered / 1e9)
+    if plan.config.train.async_checkpoints:
+        copied = snapshot_bytes(built.size, stage, plan.triangle.world, without_frozen(plan.config))
+        log.info("while a checkpoint is written, its copy takes %.2f GB of the CPU memory of a rank", copied / 1e9)
     log.info("method: %s", method_line(plan.config))
     log.info("schedule: %s", built.schedule)
 

@@ -159,6 +159,8 @@ class TrainConfig(Section):
     """Steps between checkpoints inside a stage; 0: stage ends only."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of them are kept besides stage ends and the best."""
+    async_checkpoints: bool = False
+    """Copy what a checkpoint holds and write it while training goes on; each rank needs the memory of the copy."""
     validate_every: int = Field(200, ge=0)
     """Steps between validations; 0: stage ends only."""
     val_samples: int = Field(64, ge=0)

@@ -7,8 +7,6 @@ with latent steps needs.  A LoRA run is exported merged, or as the adapter besid
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,24 +143,22 @@ def write_export(
     base: Path | str,
     base_hash: str,
 ) -> None:
-    """Write the export of a stage from whole weights (`engine.gathered_weights`); replaces an earlier one.
+    """Write the export of a stage from whole weights (`engine.gathered_weights`) to an empty or new `folder`.
 
     parts: parameters of the method's parts; base_hash: of the base's weights, where they are frozen.
     """
     vlm, lora = model.backbone.vlm, config.model.lora
-    writing = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     as_adapter = lora is not None and lora.export == "adapter"
     if as_adapter:
-        vlm.save_pretrained(writing, state_dict=weights, safe_serialization=True)
+        vlm.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     else:
         core = model.backbone.core
         core._weight_conversions = None  # what loading under ZeRO-3 keeps there would save `model.` as `model.model.`
-        core.save_pretrained(writing, state_dict=merge_lora(weights, lora) if lora else weights)
+        core.save_pretrained(folder, state_dict=merge_lora(weights, lora) if lora else weights)
     if parts:
-        save_file({name: weight.contiguous() for name, weight in parts.items()}, writing / PARTS)
-    processor.save(writing)
+        save_file({name: weight.contiguous() for name, weight in parts.items()}, folder / PARTS)
+    processor.save(folder)
     plugin = load_plugin(Path(config.plugin)) if config.plugin else None
     ExportInfo(
         backbone=config.model.backbone,
@@ -178,9 +174,7 @@ def write_export(
         plugin=plugin.path.name if plugin else None,
         plugin_hash=plugin.sha256 if plugin else None,
         max_new_tokens=config.eval.max_new_tokens,
-    ).write(writing)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(writing, folder)
+    ).write(folder)
 
 
 @dataclass

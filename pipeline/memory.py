@@ -92,6 +92,14 @@ def forecast(
     return Forecast(states, columns * kept + logits, gathered, available)
 
 
+def snapshot_bytes(size: ModelSize, zero_stage: int, world: int, without_frozen: bool) -> int:
+    """Bytes of a rank's copy of what its files of a checkpoint hold, at most (train.async_checkpoints)."""
+    stored = size.width * (size.parameters - size.trained) * (not without_frozen)
+    # below ZeRO-3 one rank writes the weights whole
+    weights = stored // world if zero_stage == 3 else stored + size.width * size.trained
+    return 12 * size.trained // world + weights
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes this rank may use: its GPU's, or its share of the machine's."""
     if device.type == "cuda":

@@ -131,7 +131,7 @@ class Run:
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
         self.stop.note(signal.SIGUSR1, signal.SIGTERM)
         stages, starts = distributed.from_main((plan.stages, plan.starts))
-        self.plan = from_sound(replace(plan, stages=stages, starts=starts), world, self.log)
+        self.plan = from_sound(replace(plan, stages=stages, starts=starts), world, self.log, lease.check)
         if self.plan.stages:
             base = self._make_missing()
             self.parts = build_parts(self.plan, base, world, self.device, self.log)
@@ -141,7 +141,7 @@ class Run:
 
     def _make_missing(self) -> Path | str:
         try:
-            base = make_missing(self.plan, self.world, self.log)
+            base = make_missing(self.plan, self.world, self.log, self.lease.check)
         except UserError:
             self._leave_if_asked()  # the signal has ended the program that was making the data, too
             raise
@@ -163,7 +163,8 @@ class Run:
         starts = {stage: self.plan.start_step(stage) for stage in self.plan.stages}
         # a stage that only lacks its export comes before those that are trained, and forgets nothing
         trained = [sum(lengths[:stage]) + start for stage, start in starts.items() if start < lengths[stage]]
-        self.monitor = Monitor(self.out, self.world.main, min(trained, default=None), self.config.dump())
+        first = min(trained, default=None)
+        self.monitor = Monitor(self.out, self.world.main, first, self.config.dump(), self.lease.check)
         for stage, start in starts.items():
             if stage in self.plan.starts:
                 self._load(stage)
@@ -219,6 +220,7 @@ class Run:
             if last or due or result.stopping:
                 self.keeper.save(stage, done, len(steps), global_step + 1)
             if result.stopping and not last:
+                self.keeper.finish()
                 self.log.info("stopped on request at stage %d step %d; start again to go on", stage, done)
                 raise SystemExit(STOPPED)
         if start == len(steps) and self.val_due(start, last=True) and self.keeper.best(stage) < 0:
@@ -239,8 +241,9 @@ class Run:
         labels = [int(batch.label_mask.sum()) for batch in micro_batches]
         columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
         dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
-        mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested]
-        everywhere, columns, bad, dropped, overlong, stopping = (int(n) for n in total(mine, self.device))
+        mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested, self.keeper.report()]
+        everywhere, columns, bad, dropped, overlong, stopping, reports = (int(n) for n in total(mine, self.device))
+        self.keeper.agree(reports)
         self._note_bad(micro_batches, bad)
         if not everywhere and not bad:  # bad rows have a limit of their own
             raise UserError(
@@ -274,6 +277,7 @@ class Run:
         self, loss: float, grad_norm: float, lr: float, global_step: int, micro_batches: list[Batch]
     ) -> NoReturn:
         """Stop before a checkpoint or metrics.jsonl can hold what is no number."""
+        self.keeper.finish("the run stops")
         keys = [key for batch in micro_batches for key in batch.keys if key]
         self.log.error("rows of step %d on this rank: %s", global_step + 1, ", ".join(keys))
         raise UserError(

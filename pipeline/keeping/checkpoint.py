@@ -5,9 +5,10 @@
         manifest.json                  size and hash of every file, written last
     checkpoints/latest                 name of the newest one, for DeepSpeed's own tools (zero_to_fp32.py)
     checkpoints/damaged-stage1-...     one that was not as written: kept, and never used again
+    checkpoints/writing-TOKEN/         one that is being written, by the holder of that lease
 
-A checkpoint is written under another name, hashed, renamed, and only then named in `latest`.  DeepSpeed unpickles its
-own files, so nothing is loaded whose hash is not the one that was written.
+A checkpoint is written under another name, each rank's files by itself (writing.py), hashed, renamed, and only then
+named in `latest`.  DeepSpeed unpickles its own files, so nothing is loaded whose hash is not the one that was written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from data_prep.errors import UserError
 from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
+from pipeline.keeping.writing import Files, handed_to, part_of
 
 WRITING = "writing"
-"""Folder of a checkpoint that is not complete."""
+"""Begins the name of a folder of a checkpoint that is not complete."""
 ASIDE = "damaged-"
 """Begins the name of a checkpoint that was set aside."""
 
@@ -106,23 +108,6 @@ def _state_as_written(path: Path) -> bool:
         return False
 
 
-def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkpoint:
-    """Make what ranks wrote to `writing` a checkpoint: state, hashes, its own name; all ranks call it together."""
-    if world.main:
-        (writing / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-    distributed.barrier()
-    files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
-    mine = {str(p.relative_to(writing)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    manifests = distributed.gather(mine)
-    if world.main:
-        manifest = {name: entry for part in manifests for name, entry in part.items()}  # type: ignore[attr-defined]
-        write_atomic(writing / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(writing, path)
-    distributed.barrier()
-    return Checkpoint(path, state)
-
-
 def damaged_file(checkpoint: Checkpoint, world: World) -> str:
     """Name of a file that is not as it was written, or nothing; all ranks call it together and get the same."""
     if checkpoint.checked:
@@ -136,11 +121,18 @@ def refuse_damaged(checkpoint: Checkpoint, world: World) -> None:
         raise UserError(f"checkpoint {checkpoint.path}: {name} is damaged; remove this folder to use the one before")
 
 
+def write_state(folder: Path, state: RunState) -> None:
+    """Write state.json to a folder, which is made where it is not there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.folder = run, run / "checkpoints"
+    def __init__(self, run: Path, fence: Callable[[], None] = lambda: None) -> None:
+        """fence: called before every change; raises where the run folder is another trainer's (`Lease.check`)."""
+        self.run, self.folder, self._fence = run, run / "checkpoints", fence
 
     def all(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first, but for those of `unreadable`.
@@ -172,6 +164,7 @@ class Checkpoints:
         aside = path.with_name(ASIDE + path.name)
         while aside.exists():
             aside = aside.with_name(aside.name + "+")
+        self._fence()
         os.rename(path, aside)
         latest = self.folder / "latest"
         if latest.is_file() and latest.read_text().strip() == path.name:
@@ -205,24 +198,67 @@ class Checkpoints:
             return None
         return (name, accuracy) if (self.folder / name / "manifest.json").is_file() else None
 
-    def save(
-        self, engine: deepspeed.DeepSpeedEngine, state: RunState, world: World, without_frozen: bool
-    ) -> Checkpoint:
-        """Write a checkpoint; all ranks call it together."""
-        writing = self.folder / WRITING
+    def name_best(self, state: RunState, found: dict[str, float]) -> None:
+        """Say in best-stageN.json that the checkpoint of `state` did best in its stage, and what validation found."""
+        named = {"checkpoint": self.path_of(state).name, "step": state.step, **found}
+        self._fence()
+        write_atomic(self.run / f"best-stage{state.stage}.json", json.dumps(named, indent=1) + "\n")
+
+    def write(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        state: RunState,
+        world: World,
+        without_frozen: bool,
+        token: str,
+        background: bool,
+    ) -> Files:
+        """Write this rank's files of a checkpoint, or begin to (`background`); all ranks call it together.
+
+        token: of the lease.  What goes wrong with the files is in `Files.error`; when all ranks' are done without,
+        rank 0 makes them a checkpoint by `commit`.
+        """
+        folder = self.folder / f"{WRITING}-{token}"
+        files = Files(folder, world.rank, background, self._fence if world.main else lambda: None)
         if world.main:
-            shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
-        engine.save_checkpoint(
-            str(self.folder), tag=WRITING, save_latest=False, exclude_frozen_parameters=without_frozen
-        )
-        distributed.barrier()
-        checkpoint = complete(writing, self.path_of(state), state, world)
-        if world.main:
-            write_atomic(self.folder / "latest", checkpoint.path.name + "\n")
-        distributed.barrier()
-        return checkpoint
+            files.add(lambda: write_state(folder, state), folder / "state.json")
+        with handed_to(files, engine):  # which begins with a barrier
+            engine.save_checkpoint(
+                str(self.folder), tag=folder.name, save_latest=False, exclude_frozen_parameters=without_frozen
+            )
+        files.close()
+        return files
+
+    def commit(self, folder: Path, state: RunState, world: World, best: dict[str, float] | None = None) -> Checkpoint:
+        """Make what all ranks have written to `folder` a checkpoint: one manifest, its own name, `latest`.
+
+        Called by rank 0 alone.  best: what validation found, where it was the stage's best.
+        """
+        parts = [part_of(folder, rank) for rank in range(world.size)]
+        manifest = {name: entry for part in parts for name, entry in json.loads(part.read_bytes()).items()}
+        self._fence()
+        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for part in parts:
+            part.unlink()
+        if best is not None:
+            # before the checkpoint: killed in between, the next start ignores the name of one that is not there, and
+            # validates this step again
+            self.name_best(state, best)
+        path = self.path_of(state)
+        self._fence()
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(folder, path)
+        self._fence()
+        write_atomic(self.folder / "latest", path.name + "\n")
+        return Checkpoint(path, state)
+
+    def remove_unfinished(self) -> None:
+        """Remove what starts left that were killed while writing; called by the holder of the lease."""
+        for folder in self.folder.glob(f"{WRITING}*"):
+            self._fence()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def load(
         self, engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, world: World, without_frozen: bool
@@ -246,6 +282,7 @@ class Checkpoints:
         protected = {best[0] for stage in {c.state.stage for c in found} if (best := self.best(stage))}
         inside = [c for c in found if not c.state.stage_done and c.path.name not in protected]
         for checkpoint in inside[:-keep]:
+            self._fence()
             # without its manifest it is no checkpoint any more, should the removal be cut short
             (checkpoint.path / "manifest.json").unlink()
             shutil.rmtree(checkpoint.path)

@@ -11,6 +11,7 @@ instead, which any number of ranks reads.  Rank 0 makes one in the run folder, w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -28,11 +29,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_prep.errors import UserError
-from data_prep.files import sha256
+from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.engine import reset_optimizer
-from pipeline.keeping.checkpoint import Checkpoint, complete, refuse_damaged
+from pipeline.keeping.checkpoint import Checkpoint, RunState, refuse_damaged, write_state
+from pipeline.keeping.writing import entry_of
 from pipeline.watching.watch import run_to_end
 
 REST = "rest.safetensors"
@@ -93,6 +95,22 @@ def convert(checkpoint: Checkpoint, world: World, log: logging.Logger) -> Checkp
     if problem is not None:
         raise problem
     return Checkpoint(path, checkpoint.state) if there else complete(writing, path, checkpoint.state, world)
+
+
+def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkpoint:
+    """Make what ranks wrote to `writing` a checkpoint: state, hashes, its own name; all ranks call it together."""
+    if world.main:
+        write_state(writing, state)
+    distributed.barrier()
+    files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
+    mine = {str(p.relative_to(writing)): entry_of(p) for p in files}
+    manifests = distributed.gather(mine)
+    if world.main:
+        manifest = {name: entry for part in manifests for name, entry in part.items()}  # type: ignore[attr-defined]
+        write_atomic(writing / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        os.rename(writing, path)
+    distributed.barrier()
+    return Checkpoint(path, state)
 
 
 def write_universal(checkpoint: Checkpoint, folder: Path) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
@@ -19,24 +23,56 @@ from pipeline.export import write_export
 from pipeline.keeping import elastic
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState
 from pipeline.keeping.lease import Lease
+from pipeline.keeping.writing import Files
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 
 
+@dataclass
+class Pending:
+    """A checkpoint that is being written."""
+
+    files: Files
+    """This rank's"""
+    state: RunState
+    best: dict[str, float] | None
+    began: float
+    blocked: float = 0.0
+    """Seconds that training waited"""
+
+
 class Keeper:
-    """Writes a run's checkpoints and exports; every rank calls each method together."""
+    """Writes a run's checkpoints and exports; every rank calls each method together.
+
+    A checkpoint is saved in three parts: each rank hands over or copies its state (`save`), writes its files, and when
+    all have, rank 0 makes them a checkpoint.  With train.async_checkpoints the files are written while training goes
+    on, and the ranks learn from the sum that begins each step (`report`, `agree`) that all are written, or one failed.
+    """
 
     def __init__(self, plan: Plan, parts: Parts, world: World, lease: Lease, log: logging.Logger) -> None:
         self.plan, self.parts, self.world, self.lease, self.log = plan, parts, world, lease, log
         self.config, self.out = plan.config, plan.out
-        self.checkpoints = Checkpoints(plan.out)
+        self.checkpoints = Checkpoints(plan.out, lease.check)
+        self.pending: Pending | None = None
+        self.failure = ""
+        """Why rank 0 could not make a checkpoint of what all had written"""
+        if world.main:
+            self._remove_unfinished()
 
+    def _remove_unfinished(self) -> None:
+        self.checkpoints.remove_unfinished()
+        for folder in self.out.glob("export/*.writing*"):
+            self.lease.check()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
     @ACTIVITY("saving")
     def save(self, stage: int, done: int, length: int, global_steps: int, best: dict[str, float] | None = None) -> None:
         """Checkpoint after step `done` of a stage; once however often it is asked for.
 
         global_steps: steps of all stages that are done; best: what validation found, where it was the stage's best.
-        Raises UserError where another start has taken the run folder.
+        With train.async_checkpoints it is complete after a later `agree` or `finish`; the next save waits for it.
+        Raises UserError, on every rank, where it cannot be written or another start has taken the run folder.
         """
         data = self.parts.stages[stage].state(done)
         state = RunState(
@@ -53,22 +89,110 @@ class Keeper:
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
         )
+        if self.pending is not None and self.pending.state == state and best is None:
+            return
+        self.finish("another is due")
         # rank 0 decides for all: only it holds the lease, and ranks may see a shared disk differently
         newest = self.checkpoints.newest().get(stage) if self.world.main else None
-        lost, there = distributed.from_main((self.lease.lost, newest is not None and newest.state == state))
+        there = newest is not None and newest.state == state
+        lost, there, token = distributed.from_main((self._lost(), there, self.lease.token))
         if lost:
             raise UserError(lost)
-        if best is not None and self.world.main:
-            # before the checkpoint: killed in between, the next start ignores the name of one that is not there, and
-            # validates this step again
-            named = {"checkpoint": self.checkpoints.path_of(state).name, "step": done, **best}
-            write_atomic(self.out / f"best-stage{stage}.json", json.dumps(named, indent=1) + "\n")
-        if not there:
-            began = time.monotonic()
-            checkpoint = self.checkpoints.save(self.parts.engine, state, self.world, without_frozen(self.config))
-            self.log.info("checkpoint %s (%.1f s)", checkpoint.path, time.monotonic() - began)
+        if there:
+            if best is not None and self.world.main:
+                self.checkpoints.name_best(state, best)
+            return
+        began, background = time.monotonic(), self.config.train.async_checkpoints
+        files = self.checkpoints.write(
+            self.parts.engine, state, self.world, without_frozen(self.config), token, background
+        )
+        self.pending = Pending(files, state, best, began, time.monotonic() - began)
+        if not background:
+            self.finish()
+
+    @ACTIVITY("saving")
+    def finish(self, why: str = "") -> None:
+        """Wait for a checkpoint that is being written until it is complete; `why` is said in the log.
+
+        Raises UserError, on every rank, where it cannot be.
+        """
+        if self.pending is None:
+            return
+        began = time.monotonic()
+        self.pending.files.wait()
+        reports = distributed.gather(self.report())
+        waited = time.monotonic() - began
+        self.pending.blocked += waited
+        if why:
+            self.log.info("waited %.1f s for the checkpoint that was being written: %s", waited, why)
+        self.agree(sum(reports))
+        if distributed.from_main(self.failure):
+            self._give_up(None)
+
+    def report(self) -> int:
+        """This rank's number for `agree`: 1 where its files are written, more than all ranks' ones for a failure."""
+        if self._problem(self.pending):
+            return self.world.size + 1
+        return int(self.pending is not None and self.pending.files.done.is_set())
+
+    def agree(self, reports: int) -> None:
+        """What the sum of all ranks' reports asks for: to go on, to complete the checkpoint, or to give up.
+
+        Raises UserError, on every rank, for a checkpoint that could not be written, or a run folder that was taken.
+        """
+        failed, written = divmod(reports, self.world.size + 1)
+        if not failed and written < self.world.size:
+            return
+        pending, self.pending = self.pending, None
+        if failed:
+            self._give_up(pending)
+        elif self.world.main and pending is not None:
+            try:
+                self._complete(pending)
+            except Exception as error:  # told by all at the next step
+                self.failure = self._told(error)
+
+    def _complete(self, pending: Pending) -> None:
+        """Rank 0's part, when all have written theirs."""
+        began = time.monotonic()
+        checkpoint = self.checkpoints.commit(pending.files.folder, pending.state, self.world, pending.best)
+        self.checkpoints.prune(self.config.train.keep_checkpoints)
+        now = time.monotonic()
+        blocked, whole = pending.blocked + now - began, now - pending.began
+        self.log.info("checkpoint %s: %.1f s blocked, %.1f s in all", checkpoint.path, blocked, whole)
+
+    def _give_up(self, pending: Pending | None) -> NoReturn:
+        """End here, on all ranks, each with what went wrong on any; what was written so far goes."""
+        if pending is not None:
+            pending.files.drop()
+        problems = distributed.gather(self._problem(pending))
+        if self.world.main and not self.lease.lost:
+            self.checkpoints.remove_unfinished()
+        raise UserError(*dict.fromkeys(filter(None, problems)))
+
+    def _problem(self, pending: Pending | None) -> str:
+        """What went wrong on this rank, or nothing."""
+        if self.world.main and self.lease.lost:
+            return self.lease.lost
+        error = pending.files.error if pending is not None else None
+        return self.failure or (self._told(error) if error is not None else "")
+
+    def _told(self, error: Exception) -> str:
+        """An error of writing a checkpoint in a line."""
+        if isinstance(error, UserError):
+            return str(error)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"{self.checkpoints.folder}: rank {self.world.rank} could not write a checkpoint ({reason}); the ones"
+            f" before are as they were. Put the disk right (free some space) and start again to go on"
+        )
+
+    def _lost(self) -> str:
+        """Who has taken the run folder over, if somebody has; rank 0 looks."""
         if self.world.main:
-            self.checkpoints.prune(self.config.train.keep_checkpoints)
+            with contextlib.suppress(UserError):
+                self.lease.check()
+        return self.lease.lost
 
     @ACTIVITY("starting")
     def load(self, start: Checkpoint) -> None:
@@ -81,22 +205,27 @@ class Keeper:
         else:
             elastic.load(self.parts.engine, start, self.world, without_frozen(self.config), self.log)
         if self.world.main:
+            self.lease.check()
             elastic.remove_converted(self.out)
         self.log.info("resumed from %s", start.path)
 
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""
+        self.finish("it may be the best")
         found = self.checkpoints.best(stage) if self.world.main else None
         return distributed.from_main(found[1] if found else -1.0)
 
+    # ---- stages -------------------------------------------------------------------------------------------------
     def begin_stage(self, stage: int) -> None:
         """Withdraw the marker of a stage that is trained again, because its end was removed."""
         if self.world.main:
+            self.lease.check()
             done_marker(self.out, stage).unlink(missing_ok=True)
 
     @ACTIVITY("exporting")
     def end_stage(self, stage: int, global_step: int) -> None:
         """Export, where `train.export` asks for it, and the marker that says the stage is complete."""
+        self.finish("the stage ends")
         config = self.config
         last = stage == len(config.curriculum.stages) - 1
         export = config.train.export == "stages" or (config.train.export == "last" and last)
@@ -107,10 +236,19 @@ class Keeper:
             parts_weights = gathered_weights(model.method, self.world.main)
             if self.world.main:
                 parts = self.parts
-                write_export(
-                    model, weights, parts_weights, parts.processor, config, stage, folder, parts.base, parts.base_hash
-                )
+                writing = folder.with_name(f"{folder.name}.writing-{self.lease.token}")
+                try:
+                    write_export(
+                        model, weights, parts_weights, parts.processor, config, stage, writing, parts.base,
+                        parts.base_hash,
+                    )  # fmt: skip
+                    self.lease.check()
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.rename(writing, folder)
+                finally:
+                    shutil.rmtree(writing, ignore_errors=True)
         if self.world.main:
+            self.lease.check()
             done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
             write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
         distributed.barrier()

@@ -34,6 +34,11 @@ class Lease:
         self.lost = ""
         """Who has taken the folder over, if somebody has; to be looked at before writing to it."""
 
+    @property
+    def token(self) -> str:
+        """What tells this holder from every other; a part of the names of folders that are being written."""
+        return str(self._identity["token"])
+
     def acquire(self, grace: float = GRACE) -> None:
         """Take the lease.  Raises UserError naming the holder where it is still there after `grace` seconds."""
         deadline = time.monotonic() + grace

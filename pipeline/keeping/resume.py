@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,17 @@ from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, damaged_file
 from pipeline.plan import Plan
 
 
-def from_sound(plan: Plan, world: World, log: logging.Logger) -> Plan:
+def from_sound(plan: Plan, world: World, log: logging.Logger, fence: Callable[[], None]) -> Plan:
     """The plan, its starts checked: every file is as it was written.  All ranks call it together, with one plan.
 
-    Ranks share the hashing.  Raises UserError, on every rank, where a stage cannot begin without what is damaged.
+    Ranks share the hashing.  fence: as `Checkpoints` takes it.  Raises UserError, on every rank, where a stage cannot
+    begin without what is damaged.
     """
     told: list[str] = []
     problem: UserError | None = None
     if world.main:
         unreadable = Checkpoints(plan.out).unreadable()
-        plan, problem = _without(dict.fromkeys(unreadable, "state.json"), plan, told, log)
+        plan, problem = _without(dict.fromkeys(unreadable, "state.json"), plan, told, log, fence)
     sound: list[Checkpoint] = []
     while True:
         problem, stages, starts = distributed.from_main((problem, plan.stages, plan.starts))
@@ -36,19 +38,19 @@ def from_sound(plan: Plan, world: World, log: logging.Logger) -> Plan:
         if not file:
             sound.append(start)
         elif world.main:
-            plan, problem = _without({start.path: file}, plan, told, log)
+            plan, problem = _without({start.path: file}, plan, told, log, fence)
     if told and plan.starts:
         log.warning("going on from %s", next(iter(plan.starts.values())).path)
     return replace(plan, starts={stage: replace(start, checked=True) for stage, start in plan.starts.items()})
 
 
 def _without(
-    damaged: dict[Path, str], plan: Plan, told: list[str], log: logging.Logger
+    damaged: dict[Path, str], plan: Plan, told: list[str], log: logging.Logger, fence: Callable[[], None]
 ) -> tuple[Plan, UserError | None]:
     """Set checkpoints aside, each with its damaged file, and plan again; what stands against it is returned."""
     try:
         for path, file in damaged.items():
-            aside = Checkpoints(plan.out).set_aside(path)
+            aside = Checkpoints(plan.out, fence).set_aside(path)
             told.append(f"checkpoint {path}: {file} is damaged; set aside as {aside.name}, and not used any more")
             log.warning(told[-1])
         return (plan.again() if damaged else plan), None

@@ -135,7 +135,9 @@ class Heartbeat:
 
     def write(self, now: Doing, reason: str = "") -> None:
         """Write a beat now, unless the folder is another trainer's; a disk that fails is left alone."""
-        if self.lease.lost:
+        try:
+            self.lease.check()
+        except UserError:
             return
         beat = Beat(
             time=time.time(),

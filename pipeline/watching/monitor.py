@@ -5,12 +5,12 @@ Only rank 0 writes.  After a resume, points past the checkpoint are dropped, so 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.watching.activity import ACTIVITY
 
@@ -55,7 +56,7 @@ class Stopwatch:
     """Wait for the GPU at each border: right, but slower; on logged steps only."""
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         with ACTIVITY.part(phase):
@@ -161,11 +162,17 @@ def step_of(line: bytes) -> int | None:
 class Monitor:
     """Rank 0's writers; on other ranks every method does nothing."""
 
-    def __init__(self, run: Path, main: bool, first_step: int | None, config_text: str) -> None:
-        """first_step: the first that is going to be trained; none where only an export is made again."""
-        self._main = main
+    def __init__(
+        self, run: Path, main: bool, first_step: int | None, config_text: str, fence: Callable[[], None]
+    ) -> None:
+        """first_step: the first that is going to be trained; none where only an export is made again.
+
+        fence: raises where the run folder is another trainer's (`Lease.check`).
+        """
+        self._main, self._fence = main, fence
         if not main:
             return
+        fence()
         self._steps = run / "metrics.jsonl"
         if first_step is not None:
             self._forget_from(first_step)
@@ -185,15 +192,25 @@ class Monitor:
             ]
             write_atomic(self._steps, b"".join(kept))
 
+    def _may_write(self) -> bool:
+        """Whether this is rank 0 and the folder still this trainer's; the next step's start tells all ranks."""
+        if self._main:
+            with contextlib.suppress(UserError):
+                self._fence()
+                return True
+        return False
+
     def step(self, global_step: int, exact: Mapping[str, float | int | list[str]]) -> None:
         """Numbers and rows of every step, as they are, to `metrics.jsonl`."""
-        if self._main:
+        if self._may_write():
             self._file.write(json.dumps({"global_step": global_step, **exact}) + "\n")
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
-        if self._main:
+        """To TensorBoard, and to the disk at once: no later crash leaves a gap."""
+        if self._may_write():
             for name, value in values.items():
                 self._board.add_scalar(name, value, global_step)
+            self._board.flush()
 
     def close(self) -> None:
         if self._main:

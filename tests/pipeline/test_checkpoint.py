@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -14,11 +12,10 @@ from safetensors import SafetensorError
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import distributed
-from pipeline.data.order import DataState
 from pipeline.distributed import World
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
-from pipeline.keeping.keep import Keeper, full_disk_told
-from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoint
+from pipeline.keeping.keep import full_disk_told
+from tests.pipeline.test_plan import STATE, run_folder, write_checkpoint
 
 
 @pytest.fixture
@@ -105,26 +102,6 @@ def test_prune(tmp_path: Path) -> None:
     (tmp_path / "best-stage0.json").write_text("")
     checkpoints.prune(1)
     assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
-
-
-def test_best_is_named_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in between, the next start finds no best, and so validates the step again."""
-    monkeypatch.setattr(distributed, "from_main", lambda value: value)
-    stage: Any = SimpleNamespace(state=lambda step: DataState(0, step // 3, 8 * step, 0, "i"))
-    parts: Any = SimpleNamespace(base_hash="b", engine=None, stages=[stage])
-    plan: Any = SimpleNamespace(config=settings(), out=tmp_path, zero_stage=2)
-    log: Any = SimpleNamespace(info=print)
-    keeper = Keeper(plan, parts, World(), SimpleNamespace(lost=""), log)  # type: ignore[arg-type]
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        keeper.save(0, 8, 8, 8, {"val/accuracy": 0.25})
-    assert (tmp_path / "best-stage0.json").exists() and keeper.best(0) == -1
-    write_checkpoint(tmp_path, STATE)
-    assert keeper.best(0) == 0.25
 
 
 FULL = [

@@ -14,6 +14,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline import status
+from pipeline.keeping.lease import Lease
 from pipeline.watching import heartbeat as module
 from pipeline.watching.activity import Activity
 from pipeline.watching.heartbeat import Beat, Heartbeat, Where, path_of, read_beat
@@ -26,7 +27,7 @@ BEAT = Beat(
     time=10_000.0, host="node7", pid=12, job="345", ranks=4, started=6000.0, restarts=2, phase="training",
     part="forward", seconds=1.0, where=WHERE, checkpoint="stage1-step000003", checkpoint_time=9000.0,
 )  # fmt: skip
-KEPT: Any = SimpleNamespace(lost="")
+KEPT: Any = SimpleNamespace(check=lambda: None)
 
 
 def written(run: Path, beat: Beat) -> Path:
@@ -86,7 +87,7 @@ def test_who_may_not_write(tmp_path: Path) -> None:
     """Another rank, and one whose folder was taken over."""
     with Heartbeat(tmp_path, KEPT, 1, 2, Activity()):
         pass
-    with Heartbeat(tmp_path, SimpleNamespace(lost="taken"), 0, 2, Activity()):  # type: ignore[arg-type]
+    with Heartbeat(tmp_path, Lease(tmp_path), 0, 2, Activity()):  # somebody removed it
         pass
     assert not path_of(tmp_path).exists()
 

@@ -53,6 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     run.config, run.out, run.device, run.world = settings(), tmp_path, CPU, distributed.World()
     run.plan, run.stop = SimpleNamespace(triangle=Triangle(2, 2, 1, 1)), SimpleNamespace(requested=False)
     run.bad_keys, run.dropped_steps, run.overlong = set(), 0, 0
+    run.keeper = SimpleNamespace(report=lambda: 0, agree=lambda reports: None, finish=lambda why: None)
     run.sparing = Sparing(lambda *a: run.said.append(a[0] % a[1:]))
     run.said = []
     run.log = SimpleNamespace(
@@ -191,7 +192,7 @@ def test_metrics_after_a_crash(tmp_path: Path) -> None:
     path.write_text("\n".join([*LINES, '{"global_step": 2, "stage": 0, "loss": 1.0}', '{"global_st']))
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2"):
         stage_losses(tmp_path)
-    Monitor(tmp_path, True, 2, "").close()
+    Monitor(tmp_path, True, 2, "", lambda: None).close()
     assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [0, 1]
     assert stage_losses(tmp_path) == ({0: 2}, {0: 2.5})
 
@@ -199,5 +200,5 @@ def test_metrics_after_a_crash(tmp_path: Path) -> None:
 def test_metrics_where_nothing_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(LINES) + "\n")
-    Monitor(tmp_path, True, None, "").close()
+    Monitor(tmp_path, True, None, "", lambda: None).close()
     assert path.read_text() == "\n".join(LINES) + "\n"

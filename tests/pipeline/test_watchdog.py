@@ -13,6 +13,8 @@ from pipeline.watching.activity import Activity
 from pipeline.watching.heartbeat import Heartbeat, read_beat
 from pipeline.watching.watchdog import HUNG, Watchdog
 
+OURS: Any = SimpleNamespace(check=lambda: None)
+
 
 class Clock:
     now = 0.0
@@ -29,7 +31,7 @@ def clock() -> Clock:
 def watchdog(clock: Clock, log: Path = Path("unused"), minutes: float = 1.0) -> Any:
     activity = Activity(clock)
     activity.enter("training", "forward")
-    return Watchdog(3, minutes, log, Heartbeat(log.parent, SimpleNamespace(lost=""), 3, 4, activity), activity)  # type: ignore[arg-type]
+    return Watchdog(3, minutes, log, Heartbeat(log.parent, OURS, 3, 4, activity), activity)
 
 
 def looks(dog: Watchdog, clock: Clock, seconds: float) -> bool:
@@ -82,7 +84,10 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the screen and in the log, with stacks; the heartbeat says why; the status is its own."""
     ended: list[int] = []
     activity = Activity()
-    with pytest.raises(SystemExit), Heartbeat(tmp_path, SimpleNamespace(lost=""), 0, 2, activity) as heartbeat:  # type: ignore[arg-type]
+    with (
+        pytest.raises(SystemExit),
+        Heartbeat(tmp_path, OURS, 0, 2, activity) as heartbeat,
+    ):  # type: ignore[arg-type]
         activity.enter("training", "backward")
         dog = Watchdog(0, 0.001, tmp_path / "rank0.log", heartbeat, activity, ended.append)
         with open(tmp_path / "screen", "w") as screen, monkeypatch.context() as patch:
