@@ -149,10 +149,10 @@ def snapshot(state: Any) -> Any:
         source = tensor.untyped_storage()
         if source._cdata not in storages:
             storages[source._cdata] = torch.UntypedStorage(source.nbytes(), device="cpu").copy_(source)
-        copied = torch.empty(0, dtype=tensor.dtype).set_(
+        view = torch.empty(0, dtype=tensor.dtype).set_(
             storages[source._cdata], tensor.storage_offset(), tensor.size(), tensor.stride()
         )
-        copied.requires_grad_(tensor.requires_grad)
+        copied = torch.Tensor._make_subclass(type(tensor), view, tensor.requires_grad)
         copied.__dict__.update(tensor.__dict__)
         copies[id(tensor)] = copied
     return copy.deepcopy(state, copies)
