@@ -34,6 +34,7 @@ $(VENV)/installed: pyproject.toml setup.cfg constraints.txt install.sh
 bench: $(VENV)/installed
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.step_cost
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.decode_cost
+	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.data
 
 clean:

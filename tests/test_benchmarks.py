@@ -73,6 +73,16 @@ def test_decode_cost(tmp_path: Path) -> None:
     assert found["forward_calls"]["cot100_b1"] == 100 and found["forward_calls"]["cot180_b8"] == 180
 
 
+def test_checkpoint_cost(tmp_path: Path) -> None:
+    """Collectives: none where nothing is saved, and fewer where training does not wait."""
+    out = tmp_path / "checkpoint.json"
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--shape", "tiny", "--pairs", "1", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())["collectives"]
+    assert found["none"] == 0 < found["beside"] < found["at once"] <= 10
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
