@@ -168,6 +168,13 @@ class TrainConfig(Section):
     val_batch: int = Field(16, ge=1)
     """Rows that one rank decodes at once."""
     log_every: int = Field(10, ge=1)
+    rollback_after: int = Field(5, ge=0)
+    """A step whose loss or gradient is no number is left out.  After so many steps in a row that were, or that spiked,
+    parameters and optimizer of the newest checkpoint before them are taken again, and training goes on with the rows
+    behind them; where that does not help, it stops.  0: stop at the first."""
+    spike: float = Field(20.0, ge=0, allow_inf_nan=False)
+    """A loss more than so many (robust) deviations above the median of up to 64 steps before it counts as a spike; 0:
+    none does."""
     hang_minutes: float = Field(30.0, ge=0, allow_inf_nan=False)
     """A rank ends, with its stacks in its log, when one part of a step (data, forward, ...) takes longer; 0: never."""
     trace: bool = False

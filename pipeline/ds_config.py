@@ -128,7 +128,8 @@ def fill_auto(ds: dict[str, Any], triangle: Triangle, config: RunConfig, hidden:
         "train_micro_batch_size_per_gpu": triangle.micro_batch,
         "gradient_accumulation_steps": triangle.accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16": {**ds.get("bf16", {}), "enabled": bf16},
+        # a gradient that is no number is never applied
+        "bf16": {**ds.get("bf16", {}), "enabled": bf16, "check_grad_overflow": True},
         # the optimizer is torch's AdamW, with or without offload
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -186,6 +186,11 @@ def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: OptimConfig, 
         group["lr"], group["weight_decay"] = lr, decay
 
 
+def was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether the last step updated anything: DeepSpeed leaves out one whose gradient norm is no number."""
+    return not engine.optimizer.overflow
+
+
 def reset_optimizer(engine: deepspeed.DeepSpeedEngine) -> None:
     """Forget AdamW's moments and step count (Coconut does so at each stage)."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from data_prep import cli
@@ -41,19 +42,21 @@ def lines(run: Path, split: str) -> list[str]:
 
 
 def stage_losses(run: Path) -> tuple[dict[int, int], dict[int, float]]:
-    """By stage: steps done, and the mean loss of the last 10.  Raises UserError for a damaged line."""
+    """By stage: steps done, and the mean loss of the last 10 that had one.  Raises UserError for a damaged line."""
     found: dict[int, list[float]] = {}
+    steps: dict[int, int] = {}
     path = run / "metrics.jsonl"
     # what follows the last line end is a line that was cut, or is being written
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             entry = parse_json(line)
-            stage, value = int(entry["stage"]), float(entry["loss"])
+            stage, value = int(entry["stage"]), math.nan if entry["loss"] is None else float(entry["loss"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged in line {number} ({type(error).__name__}: {error})") from None
-        found.setdefault(stage, []).append(value)
+        steps[stage] = steps.get(stage, 0) + 1
+        found.setdefault(stage, []).extend([] if math.isnan(value) else [value])
     last = {stage: losses[-10:] for stage, losses in found.items()}
-    return {s: len(x) for s, x in found.items()}, {s: sum(x) / len(x) for s, x in last.items()}
+    return steps, {s: sum(x) / len(x) if x else math.nan for s, x in last.items()}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from __future__ import annotations
 import inspect
 import math
 import signal
+import socket
 import sys
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,34 +22,34 @@ from pipeline.watching.watch import STOP, STOPPED, exit_with_launcher, run_rank
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
     STOP.note(signal.SIGUSR1)
 
-import numpy as np
-import torch
 
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
-from pipeline.data.batch import Batch
 from pipeline.data.loader import Share, StageSteps, steps_from
+from pipeline.data.unusable import Unusable
 from pipeline.data.workers import lost_workers_told
 from pipeline.distributed import World, total
-from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
+from pipeline.engine import learning_rate, reset_optimizer
 from pipeline.keeping.keep import Keeper, full_disk_told
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.resume import from_sound
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
+from pipeline.update import Update, rows_of_step
 from pipeline.validate import ValidationSet, validate
 from pipeline.watching.activity import ACTIVITY
+from pipeline.watching.guard import Guard
 from pipeline.watching.heartbeat import Heartbeat, Where
 from pipeline.watching.monitor import (
     Monitor,
     Progress,
-    Sparing,
     StepResult,
     Stopwatch,
     configure_logging,
     memory_gb,
+    step_line,
     step_scalars,
 )
 from pipeline.watching.watchdog import Watchdog
@@ -102,18 +102,6 @@ def main(
             lease.release()
 
 
-def step_seed(seed: int, global_step: int, rank: int) -> int:
-    """Seed of a rank's draws in a step, 63 bits."""
-    low, high = np.random.SeedSequence([seed, global_step, rank]).generate_state(2)
-    return (int(high) << 32 | int(low)) >> 1
-
-
-def rows_of_step(micro_batches: list[Batch]) -> list[str]:
-    """Keys of a step's rows in the order of the global batch, of which a rank has every world-th; ranks together."""
-    parts = distributed.gather([key for batch in micro_batches for key in batch.keys])
-    return [key for rows in zip_longest(*parts, fillvalue="") for key in rows if key]
-
-
 class Run:
     """One start of training: set up once, then stage after stage."""
 
@@ -123,9 +111,9 @@ class Run:
         self.log = configure_logging(self.out / "logs", world.rank)
         log_file = self.out / "logs" / f"rank{world.rank}.log"
         Watchdog(world.rank, self.config.train.hang_minutes, log_file, heartbeat).start()
-        self.bad_keys: set[str] = set()
-        self.sparing = Sparing(self.log.warning)
-        self.dropped_steps = self.overlong = 0  # reasoning steps and rows that did not fit, since this start
+        train = self.config.train
+        self.unusable = Unusable(self.config.data.max_bad, self.log, self.out / "logs")
+        self.guard = Guard(train.rollback_after, train.spike)
         self.device = distributed.start(world)
         self.stop = STOP
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
@@ -137,6 +125,7 @@ class Run:
             self.parts = build_parts(self.plan, base, world, self.device, self.log)
             self.engine = self.parts.engine
             self.keeper = Keeper(self.plan, self.parts, world, lease, self.log)
+            self.update = Update(self.plan, self.parts, world, self.keeper, self.unusable, self.stop)
             self._leave_if_asked()
 
     def _make_missing(self) -> Path | str:
@@ -165,11 +154,13 @@ class Run:
         trained = [sum(lengths[:stage]) + start for stage, start in starts.items() if start < lengths[stage]]
         first = min(trained, default=None)
         self.monitor = Monitor(self.out, self.world.main, first, self.config.dump(), self.lease.check)
+        if self.world.main and first is not None and self.heartbeat.restarts:
+            self.monitor.mark("restarts", first, self.heartbeat.restarts, self._start_told())
         for stage, start in starts.items():
             if stage in self.plan.starts:
                 self._load(stage)
-            if start == 0 and stage > 0 and self.config.curriculum.reset_optimizer:
-                reset_optimizer(self.engine)
+            if start == 0:
+                self._begin_stage(stage)
             self.run_stage(stage, start, lengths)
         self.monitor.close()
         self.log.info("TensorBoard: tensorboard --logdir %s", self.out / "tensorboard")
@@ -180,6 +171,18 @@ class Run:
         except UserError:
             self._leave_if_asked()  # the signal has ended the program that converted the checkpoint, too
             raise
+        self.guard.state = self.plan.starts[stage].state.guard
+
+    def _begin_stage(self, stage: int) -> None:
+        if stage > 0 and self.config.curriculum.reset_optimizer:
+            reset_optimizer(self.engine)
+        self.guard.begin_stage()
+
+    def _start_told(self) -> str:
+        start = next(iter(self.plan.starts.values()), None)
+        return (
+            f"from {start.path.name if start else 'the base model'}, {self.world.size} ranks, on {socket.gethostname()}"
+        )
 
     def run_stage(self, stage: int, start: int, lengths: list[int]) -> None:
         """Steps `start`.. of a stage, with logs, validation and checkpoints at their cadences."""
@@ -203,22 +206,27 @@ class Run:
             with watch("data_wait"):
                 micro_batches = next(batches)
             lr = learning_rate(config.optim, global_step, sum(lengths))
-            result = self.train_step(micro_batches, lr, global_step, watch)
-            keys = {"keys": rows_of_step(micro_batches)} if train.trace else {}
-            self.monitor.step(global_step, {"stage": stage, "step": done, "loss": result.loss, "lr": lr, **keys})
+            result = self.update(micro_batches, lr, global_step, watch, self.device)
+            wrong = self.guard.judge(result)
+            keys = rows_of_step(micro_batches) if wrong or train.trace else None
+            self.monitor.step(global_step, step_line(stage, done, lr, result, wrong, keys))
+            if wrong:
+                self._tell_wrong(stage, done, global_step, lr, wrong, keys or [])
             ACTIVITY.enter("training")  # until here, the first step of a start is a part of starting
             self.heartbeat.where = Where(
-                stage, done, len(steps), global_step + 1, result.loss, progress.rate(done), progress.left(done),
-                len(self.bad_keys),
+                stage, done, len(steps), global_step + 1, result.loss if math.isfinite(result.loss) else None,
+                progress.rate(done), progress.left(done), len(self.unusable.bad_keys), self.guard.state.skipped,
+                self.guard.state.rollbacks,
             )  # fmt: skip
-            if done % train.log_every == 0:
+            if done % train.log_every == 0 and not wrong:
                 self._report(stage, done, global_step, lr, result, watch, progress)
             last = done == len(steps)
             if self.val_due(done, last):
                 self._validate(stage, done, global_step, steps)
-            due = bool(train.checkpoint_every) and done % train.checkpoint_every == 0
+            # what steps that go wrong have made of the model is not what to go back to
+            due = bool(train.checkpoint_every) and done % train.checkpoint_every == 0 and not wrong
             if last or due or result.stopping:
-                self.keeper.save(stage, done, len(steps), global_step + 1)
+                self._save(stage, done, global_step)
             if result.stopping and not last:
                 self.keeper.finish()
                 self.log.info("stopped on request at stage %d step %d; start again to go on", stage, done)
@@ -226,80 +234,35 @@ class Run:
         if start == len(steps) and self.val_due(start, last=True) and self.keeper.best(stage) < 0:
             self._validate(stage, start, before + start - 1, steps)
         self.keeper.end_stage(stage, global_step=before + len(steps))
-        self.sparing.tell_rest()
-        if self.bad_keys or self.dropped_steps or self.overlong:
-            self.log.info("so far %d bad samples, %d rows too long, %d reasoning steps cut to fit",
-                          len(self.bad_keys), self.overlong, self.dropped_steps)  # fmt: skip
+        self.unusable.tell()
 
-    # ---- the update -------------------------------------------------------------------------------------------
-    def train_step(self, micro_batches: list[Batch], lr: float, global_step: int, watch: Stopwatch) -> StepResult:
-        """One optimizer step: forward, backward, step for each micro-batch; DeepSpeed updates at the last."""
-        engine, triangle, norm = self.engine, self.plan.triangle, self.config.optim.loss_norm
-        # dropout depends on (seed, step, rank) alone, so that a resumed run draws what the first would have
-        torch.manual_seed(step_seed(self.config.train.seed, global_step, self.world.rank))
-        set_hyperparameters(engine, self.config.optim, lr)
-        labels = [int(batch.label_mask.sum()) for batch in micro_batches]
-        columns, bad = sum(b.columns for b in micro_batches), sum(len(b.bad) for b in micro_batches)
-        dropped, overlong = sum(b.dropped_steps for b in micro_batches), sum(b.overlong for b in micro_batches)
-        mine = [sum(labels), columns, bad, dropped, overlong, self.stop.requested, self.keeper.report()]
-        everywhere, columns, bad, dropped, overlong, stopping, reports = (int(n) for n in total(mine, self.device))
-        self.keeper.agree(reports)
-        self._note_bad(micro_batches, bad)
-        if not everywhere and not bad:  # bad rows have a limit of their own
-            raise UserError(
-                f"no row of step {global_step + 1} can be trained on: {overlong} are longer than prompt.max_tokens"
-                f" {self.config.prompt.max_tokens}; raise it"
-            )
-        losses = torch.zeros((), device=self.device)
-        statistics: dict[str, torch.Tensor] = {}
-        for batch, labels_here in zip(micro_batches, labels, strict=True):
-            with watch("forward"):
-                nll, sums = engine(batch.to(self.device))
-            with watch("backward"):
-                loss = nll * loss_scale(norm, labels_here, everywhere, triangle)
-                engine.backward(loss)
-            with watch("step"):
-                engine.step()
-            losses += loss.detach().float() / (triangle.world * triangle.accumulation)
-            statistics = {name: value + statistics.get(name, 0.0) for name, value in sums.items()}
-        names = sorted(statistics)
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        diverged = not math.isfinite(grad_norm) or grad_norm < 0  # -1 is DeepSpeed's word for such a norm
-        loss, anywhere, *sums = total(
-            [float(losses), diverged, *(float(statistics[name]) for name in names)], self.device
-        )
-        if anywhere or not math.isfinite(loss):
-            self._stop_diverged(loss, grad_norm, lr, global_step, micro_batches)
-        self.dropped_steps, self.overlong = self.dropped_steps + dropped, self.overlong + overlong
-        return StepResult(loss, grad_norm, columns, stopping > 0, dict(zip(names, sums, strict=True)))
+    def _save(self, stage: int, done: int, global_step: int, best: dict[str, float] | None = None) -> None:
+        length = len(self.parts.stages[stage])
+        self.keeper.save(stage, done, length, global_step + 1, best, self.guard.state)
 
-    def _stop_diverged(
-        self, loss: float, grad_norm: float, lr: float, global_step: int, micro_batches: list[Batch]
-    ) -> NoReturn:
-        """Stop before a checkpoint or metrics.jsonl can hold what is no number."""
-        self.keeper.finish("the run stops")
-        keys = [key for batch in micro_batches for key in batch.keys if key]
-        self.log.error("rows of step %d on this rank: %s", global_step + 1, ", ".join(keys))
-        raise UserError(
-            f"step {global_step + 1}: the loss is {loss}, the gradient norm {grad_norm}, at a learning rate of"
-            f" {lr:.1e}; nothing of this step is saved. Lower optim.lr, or look at the step's rows, which"
-            f" {self.out / 'logs'} names"
-        )
+    def _tell_wrong(self, stage: int, done: int, global_step: int, lr: float, wrong: str, keys: list[str]) -> None:
+        """A step went wrong: say so, and after train.rollback_after in a row take back what they did.
 
-    def _note_bad(self, micro_batches: list[Batch], bad: int) -> None:
-        """Name samples that could not be used, each once; stop past `data.max_bad` of them.  `bad`: on all ranks."""
-        if not bad:
+        Raises UserError where training cannot go on from before them.
+        """
+        state, limit = self.guard.state, self.config.train.rollback_after
+        rows = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        self.log.warning("stage %d step %d went wrong: %s; rows %s", stage, done, wrong, rows)
+        self.monitor.mark("wrong steps", global_step, None, wrong)
+        self.monitor.scalars(global_step, self.guard.scalars())
+        if not self.guard.due:
             return
-        found = dict(row for part in distributed.gather([row for b in micro_batches for row in b.bad]) for row in part)
-        for key in sorted(found.keys() - self.bad_keys):
-            self.sparing("skipped %s: %s", key, found[key])
-        self.bad_keys |= found.keys()
-        if len(self.bad_keys) > self.config.data.max_bad:
-            self.sparing.tell_rest()
-            raise UserError(
-                f"{len(self.bad_keys)} samples could not be used, more than data.max_bad {self.config.data.max_bad};"
-                f" keys and reasons are in {self.out / 'logs'}"
-            )
+        told = (
+            f"stage {stage} step {done}: {wrong}, at a learning rate of {lr:.1e}; {state.in_a_row} steps in a row went"
+            f" wrong. Lower optim.lr, or look at their rows, which {self.out / 'metrics.jsonl'} names"
+        )
+        start = self.keeper.roll_back(told) if limit else self.keeper.give_up(told)
+        if start.state.stage < stage:
+            self._begin_stage(stage)
+        self.guard.rolled_back()
+        line = f"went back to {start.path.name}; training goes on behind step {done}"
+        self.log.warning("rolled back: %s", line)
+        self.monitor.mark("rollbacks", global_step, self.guard.state.rollbacks, line)
 
     # ---- what happens around it -------------------------------------------------------------------------------
     def _report(
@@ -314,9 +277,8 @@ class Run:
                 "train/lr": lr,
                 "curriculum/stage": stage,
                 "curriculum/latents": self.config.curriculum.stages[stage].latents,
-                "data/bad_samples": len(self.bad_keys),
-                "data/dropped_steps": self.dropped_steps,
-                "data/overlong_rows": self.overlong,
+                **self.unusable.scalars(),
+                **self.guard.scalars(),
             },
         )
         self.log.info(
@@ -347,7 +309,7 @@ class Run:
         if not math.isfinite(found["val/loss"]):
             raise UserError(f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr")
         if found["val/accuracy"] > self.keeper.best(stage):
-            self.keeper.save(stage, done, len(steps), global_step + 1, found)
+            self._save(stage, done, global_step, found)
 
 
 if __name__ == "__main__":

@@ -613,3 +613,77 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     assert "hangs: training (forward)" in said and f'"{plugin}", line' in said
     beat = read_beat(out)
     assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step in (2, 3)
+
+
+POISONED = """
+import os, torch
+from pathlib import Path
+from pipeline.latent.parts import FEEDBACKS, Feedback
+
+@FEEDBACKS.add("poisoned")
+class Poisoned(Feedback):
+    def forward(self, reading):
+        steps = Path("{out}/metrics.jsonl")
+        done = steps.read_text().count("global_step") if steps.exists() else 0
+        first, last = map(int, os.environ["POISON"].split("-"))
+        # of the first rank alone: the others learn of it
+        bad = os.environ["RANK"] == "0" and torch.is_grad_enabled() and first <= done <= last
+        return reading.tip[:, None] * (torch.nan if bad else 1.0)
+"""
+
+
+@pytest.fixture
+def poisoned(data, tmp_path, monkeypatch):
+    """Start a run of 16 steps of which some (the first is 0) meet what is no number, on one rank."""
+    out, plugin = tmp_path / "run", tmp_path / "poisoned.py"
+    plugin.write_text(POISONED.format(out=out))
+
+    def run(steps, rollback_after=3, ds="zero3"):
+        monkeypatch.setenv("POISON", steps)
+        stages = "[{latents: 1, skip: 1, steps: 16}]"
+        code, log = try_train(
+            out, data, "--plugin", str(plugin), "--latent.feedback", "poisoned", "--curriculum.stages", stages,
+            "--train.rollback_after", str(rollback_after), "--train.export", "none", ranks=2, ds=ds,
+        )  # fmt: skip
+        entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["global_step"] for entry in entries] == list(range(len(entries)))
+        return code, log, entries, out
+
+    return run
+
+
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+def test_steps_that_are_no_number_are_left_out_or_undone(poisoned, ds):
+    """Five steps: the first three are left out, then the checkpoint before them is taken again; two more, and on."""
+    code, log, entries, out = poisoned("8-12", ds=ds)
+    assert code == 0, log[-4000:]
+    wrong = [entry for entry in entries if "wrong" in entry]
+    assert [entry["step"] for entry in wrong] == [9, 10, 11, 12, 13] and len(entries) == 16
+    assert all(entry["loss"] is None and len(entry["keys"]) == 8 for entry in wrong)
+    assert all(entry["loss"] > 0 and "keys" not in entry for entry in entries if entry not in wrong)
+    assert "rolled back: went back to stage0-step000006; training goes on behind step 11" in log
+    assert f"stage 0 step 9 went wrong: loss nan, gradient norm inf: not applied; rows {wrong[0]['keys'][0]}" in log
+    last = Checkpoints(out).all()[-1].state
+    assert (last.step, last.guard.skipped, last.guard.rollbacks, last.guard.in_a_row) == (16, 5, 1, 0)
+    steps = {checkpoint.state.step for checkpoint in Checkpoints(out).all()}
+    assert steps == {6, 15, 16}, "of steps 9 and 12, which went wrong, there is none"
+    assert read_beat(out).where.skipped == 5
+
+
+def test_steps_that_stay_no_number_stop_the_run(poisoned):
+    code, log, entries, out = poisoned("8-99")
+    assert code == 2, log[-4000:]
+    assert len(entries) == 14
+    assert "error: stage 0 step 14: loss nan, gradient norm inf: not applied, at a learning rate of" in log
+    assert "3 steps in a row went wrong" in log and "going back to stage0-step000006 did not help" in log
+    assert "Traceback" not in log
+    # the rows were to blame, say; they are gone: the same command goes on where it was right
+    code, log, entries, out = poisoned("99-99")
+    assert code == 0 and "resumed from" in log and len(entries) == 16
+    assert not any("wrong" in entry for entry in entries)
+
+
+def test_nothing_to_go_back_to(poisoned):
+    code, log, entries, _ = poisoned("0-99", rollback_after=0)
+    assert code == 2 and len(entries) == 1
+    assert "error: stage 0 step 1: loss nan" in log

@@ -28,6 +28,7 @@ from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.keeping.writing import Files, handed_to, part_of
+from pipeline.watching.guard import GuardState
 
 WRITING = "writing"
 """Begins the name of a folder of a checkpoint that is not complete."""
@@ -60,6 +61,9 @@ class RunState:
     """Base model: tokenizer and processor, and the weights where frozen ones are not in the checkpoint"""
     settings_hash: str
     """Settings that the numbers depend on (pipeline.plan.fixed_settings)"""
+
+    guard: GuardState = GuardState()
+    """Steps that went wrong, and what the next are judged by"""
 
     @property
     def stage_done(self) -> bool:

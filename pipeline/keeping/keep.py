@@ -26,6 +26,7 @@ from pipeline.keeping.lease import Lease
 from pipeline.keeping.writing import Files
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
+from pipeline.watching.guard import GuardState
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Keeper:
         self.config, self.out = plan.config, plan.out
         self.checkpoints = Checkpoints(plan.out, lease.check)
         self.pending: Pending | None = None
+        self.gone_back: set[Path] = set()
+        """Checkpoints that this start has rolled back to"""
         self.failure = ""
         """Why rank 0 could not make a checkpoint of what all had written"""
         if world.main:
@@ -67,10 +70,19 @@ class Keeper:
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
     @ACTIVITY("saving")
-    def save(self, stage: int, done: int, length: int, global_steps: int, best: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        stage: int,
+        done: int,
+        length: int,
+        global_steps: int,
+        best: dict[str, float] | None = None,
+        guard: GuardState | None = None,
+    ) -> None:
         """Checkpoint after step `done` of a stage; once however often it is asked for.
 
-        global_steps: steps of all stages that are done; best: what validation found, where it was the stage's best.
+        global_steps: steps of all stages that are done; guard: what is known of steps that went wrong; best: what
+        validation found, where it was the stage's best.
         With train.async_checkpoints it is complete after a later `agree` or `finish`; the next save waits for it.
         Raises UserError, on every rank, where it cannot be written or another start has taken the run folder.
         """
@@ -88,6 +100,7 @@ class Keeper:
             index_hash=data.index_hash,
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
+            guard=guard or GuardState(),
         )
         if self.pending is not None and self.pending.state == state and best is None:
             return
@@ -208,6 +221,27 @@ class Keeper:
             self.lease.check()
             elastic.remove_converted(self.out)
         self.log.info("resumed from %s", start.path)
+
+    def roll_back(self, told: str) -> Checkpoint:
+        """Put the newest checkpoint before the steps that went wrong into the engine again, each at most once a start.
+
+        Raises UserError, on every rank, with `told` where there is none.
+        """
+        self.finish("training goes back to the one before")
+        found = [c for c in self.checkpoints.all() if not c.state.guard.in_a_row] if self.world.main else []
+        start = distributed.from_main(found[-1] if found else None)
+        if start is None:
+            self.give_up(f"{told}; there is no checkpoint to go back to")
+        if start.path in self.gone_back:
+            self.give_up(f"{told}; going back to {start.path.name} did not help")
+        self.gone_back.add(start.path)
+        self.load(start)
+        return start
+
+    def give_up(self, told: str) -> NoReturn:
+        """End with `told` on every rank, when the checkpoint that is being written is complete.  Raises UserError."""
+        self.finish("the run stops")
+        raise UserError(told)
 
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""

@@ -44,6 +44,9 @@ class Where:
     left: float | None = None
     """Seconds until the stage ends"""
     bad_samples: int = 0
+    skipped: int = 0
+    """Steps of the run that were not applied, since their loss or gradient was no number"""
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True)

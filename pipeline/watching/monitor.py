@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -41,6 +42,7 @@ LAYOUT = {
         "seconds of a step": ["Multiline", ["time/data_wait", "time/forward", "time/backward", "time/step"]],
         "memory (GB)": ["Multiline", ["memory/allocated_gb", "memory/peak_gb"]],
     },
+    "run": {"steps left out, spikes, rollbacks": ["Multiline", ["run/skipped", "run/spikes", "run/rollbacks"]]},
     "data": {
         "problems since the start": ["Multiline", ["data/bad_samples", "data/overlong_rows", "data/dropped_steps"]]
     },
@@ -72,6 +74,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    applied: bool
+    """False where DeepSpeed left the update out, for a gradient that is no number"""
     columns: int
     """Real question and target columns"""
     stopping: bool
@@ -95,6 +99,20 @@ def step_scalars(result: StepResult, watch: Stopwatch, global_batch: int) -> dic
         "latent/coverage": sums["coverage"] / max(1.0, sums["rows_with_latents"]),
         "latent/auxiliary_loss": sums["auxiliary"] / max(1.0, sums["labels"]),
     }
+
+
+def step_line(
+    stage: int, done: int, lr: float, result: StepResult, wrong: str, keys: list[str] | None
+) -> dict[str, Any]:
+    """A step's numbers as they are, None where they are none; what went wrong, if anything; its rows, if given."""
+    numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
+    line: dict[str, Any] = {
+        "stage": stage,
+        "step": done,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "lr": lr,
+    }
+    return line | ({"wrong": wrong} if wrong else {}) | ({} if keys is None else {"keys": keys})
 
 
 def memory_gb(device: torch.device) -> dict[str, float]:
@@ -200,10 +218,18 @@ class Monitor:
                 return True
         return False
 
-    def step(self, global_step: int, exact: Mapping[str, float | int | list[str]]) -> None:
-        """Numbers and rows of every step, as they are, to `metrics.jsonl`."""
+    def step(self, global_step: int, exact: Mapping[str, Any]) -> None:
+        """`step_line` of every step to `metrics.jsonl`."""
         if self._may_write():
             self._file.write(json.dumps({"global_step": global_step, **exact}) + "\n")
+
+    def mark(self, what: str, global_step: int, count: float | None, text: str) -> None:
+        """Something that happened at a step: a text, and how often it has since the run began."""
+        if self._may_write():
+            self._board.add_text(what, text, global_step)
+            if count is not None:
+                self._board.add_scalar(f"run/{what}", count, global_step)
+            self._board.flush()
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         """To TensorBoard, and to the disk at once: no later crash leaves a gap."""
