@@ -90,6 +90,9 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         section = ds.get(key, {"enabled": False})
         if not isinstance(section, dict) or section.get("enabled") is not False:
             problems.append(f"{path}: {key} is not supported; model.dtype of the recipe chooses bf16 or fp32")
+    checkpoint = ds.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("writer"):
+        problems.append(f"{path}: checkpoint.writer is not supported; train.async_checkpoints writes beside training")
     if "optimizer" in ds or "scheduler" in ds:
         problems.append(f"{path}: optimizer and scheduler belong to the recipe's `optim` section")
     if problems:

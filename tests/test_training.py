@@ -237,9 +237,12 @@ def test_new_tokens_under_zero3(whole_run, data, tmp_path, padded, markers):
 
 
 def test_asked_to_stop(whole_run, data, tmp_path):
-    """SIGUSR1 to one rank: both save at the same step and end with 75; the next start goes on."""
+    """SIGUSR1 to one rank: both save at the same step and end with 75; the next start goes on.
+
+    A checkpoint is being written at any moment.
+    """
     out = tmp_path / "run"
-    process = launch.launch(out, data)
+    process = launch.launch(out, data, "--train.async_checkpoints", "true", "--train.checkpoint_every", "1")
     launch.wait_for_step(out, 9, process)
     os.kill(launch.rank_processes(out)[-1], signal.SIGUSR1)
     try:

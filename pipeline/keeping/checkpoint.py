@@ -27,7 +27,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
-from pipeline.keeping.writing import Files, handed_to, part_of
+from pipeline.keeping.writing import Files, entry_of, handed_to, part_of
 from pipeline.watching.guard import GuardState
 
 WRITING = "writing"
@@ -242,6 +242,9 @@ class Checkpoints:
         """
         parts = [part_of(folder, rank) for rank in range(world.size)]
         manifest = {name: entry for part in parts for name, entry in json.loads(part.read_bytes()).items()}
+        for file in set(folder.rglob("*")) - {folder / name for name in manifest} - set(parts):
+            if file.is_file():  # written by DeepSpeed itself: what it keeps on NVMe
+                manifest[str(file.relative_to(folder))] = entry_of(file)
         self._fence()
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for part in parts:

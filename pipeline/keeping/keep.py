@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from torch import Tensor
+
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline import distributed
@@ -258,7 +260,10 @@ class Keeper:
 
     @ACTIVITY("exporting")
     def end_stage(self, stage: int, global_step: int) -> None:
-        """Export, where `train.export` asks for it, and the marker that says the stage is complete."""
+        """Export, where `train.export` asks for it, and the marker that says the stage is complete.
+
+        Raises UserError, on every rank, where they cannot be written or another start has taken the run folder.
+        """
         self.finish("the stage ends")
         config = self.config
         last = stage == len(config.curriculum.stages) - 1
@@ -268,25 +273,35 @@ class Keeper:
             model = self.parts.engine.module
             weights = gathered_weights(model.backbone.vlm, self.world.main)
             parts_weights = gathered_weights(model.method, self.world.main)
-            if self.world.main:
-                parts = self.parts
-                writing = folder.with_name(f"{folder.name}.writing-{self.lease.token}")
-                try:
-                    write_export(
-                        model, weights, parts_weights, parts.processor, config, stage, writing, parts.base,
-                        parts.base_hash,
-                    )  # fmt: skip
-                    self.lease.check()
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.rename(writing, folder)
-                finally:
-                    shutil.rmtree(writing, ignore_errors=True)
+        problem: UserError | None = None
         if self.world.main:
-            self.lease.check()
-            done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
-            write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
-        distributed.barrier()
+            try:
+                with full_disk_told(self.out):
+                    if export:
+                        self._export(stage, folder, weights, parts_weights)
+                    done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
+                    self.lease.check()
+                    write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
+            except UserError as error:
+                problem = error
+        problem = distributed.from_main(problem)
+        if problem is not None:
+            raise problem
         self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
+
+    def _export(self, stage: int, folder: Path, weights: dict[str, Tensor], parts_weights: dict[str, Tensor]) -> None:
+        """Rank 0's part: written aside, and then in the place of an earlier one."""
+        parts, writing = self.parts, folder.with_name(f"{folder.name}.writing-{self.lease.token}")
+        try:
+            write_export(
+                parts.engine.module, weights, parts_weights, parts.processor, self.config, stage, writing, parts.base,
+                parts.base_hash,
+            )  # fmt: skip
+            self.lease.check()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(writing, folder)
+        finally:
+            shutil.rmtree(writing, ignore_errors=True)
 
 
 @contextlib.contextmanager

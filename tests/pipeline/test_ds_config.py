@@ -50,6 +50,10 @@ def test_what_the_pipeline_decides(ds: dict[str, Any], bf16: bool) -> None:
         ('{"zero_optimization": {"stage": 2}, "bf16": "auto"}', "bf16 is 'auto', expected"),
         ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}', "fp16 is not supported; model.dtype"),
         ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto"}}', "fp16 is not supported; model.dtype"),
+        (
+            '{"zero_optimization": {"stage": 2}, "checkpoint": {"writer": {"type": "FAST"}}}',
+            "checkpoint.writer is not supported",
+        ),
         ("[" * 100_000, "nested too deeply"),
     ],
     ids=lambda value: value[:60],

@@ -132,6 +132,20 @@ def test_saved(tmp_path: Path, lease: Lease, background: bool) -> None:
     assert len(keeper.said) == 1
 
 
+def test_files_that_deepspeed_writes_itself(tmp_path: Path, lease: Lease) -> None:
+    """As under NVMe offload: they are hashed too."""
+    keeper = keeper_of(lease)
+    keeper.save(0, 3, 8, 3)
+    keeper.pending.files.wait()
+    own = keeper.pending.files.folder / "offloaded_tensors" / "rank0" / "moments.swp"
+    own.parent.mkdir(parents=True)
+    own.write_text("moments")
+    keeper.finish()
+    (saved,) = keeper.checkpoints.all()
+    (saved.path / own.relative_to(tmp_path / "checkpoints" / f"writing-{lease.token}")).write_text("Moments")
+    assert saved.damaged() == "offloaded_tensors/rank0/moments.swp"
+
+
 def test_the_next_waits_for_the_one_before(tmp_path: Path, lease: Lease) -> None:
     """Two are never written at once; the same asked for twice is written once; a stage's end and a best wait too."""
     keeper = keeper_of(lease)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.memory import Forecast, ModelSize, forecast, residency, stays_resident
+from pipeline.memory import Forecast, ModelSize, forecast, residency, snapshot_bytes, stays_resident
 from tests.pipeline.tiny import tiny_models
 
 N = 7_600_000_000
@@ -33,6 +33,17 @@ def test_states_are_split_as_the_stage_says(zero: int, expected: int) -> None:
 def test_frozen_parameters_have_no_optimizer() -> None:
     lora = replace(FULL, trained=160_000_000)
     assert of(lora).states == (2 * N + 14 * 160_000_000) // 8
+
+
+@pytest.mark.parametrize(
+    ("zero", "without_frozen", "expected"),
+    [(3, False, (12 * 160_000_000 + 2 * (N - 160_000_000)) // 8), (3, True, 12 * 160_000_000 // 8),
+     (2, False, 12 * 160_000_000 // 8 + 2 * N), (2, True, 12 * 160_000_000 // 8 + 2 * 160_000_000)],
+)  # fmt: skip
+def test_copy_of_a_checkpoint(zero: int, without_frozen: bool, expected: int) -> None:
+    """Master copy and moments are split; below ZeRO-3 one rank has the weights whole."""
+    lora = replace(FULL, trained=160_000_000)
+    assert snapshot_bytes(lora, zero, 8, without_frozen) == expected
 
 
 def test_activations() -> None:
