@@ -19,6 +19,7 @@ from pipeline.data.mixture import Index, Mixture
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
 from pipeline.keeping.checkpoint import Checkpoint
+from pipeline.keeping.fingerprint import check_ranks
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 from pipeline.registry import load_plugin
@@ -70,6 +71,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
         check_inputs(start, indexes["train"], base_hash)
     built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
     log_decisions(plan, built, device, log)
+    log.info("fingerprints of the model as it was built: %s", check_ranks(built.engine))
     return Parts(built.engine, processor, builder, indexes, stages, base, base_hash)
 
 

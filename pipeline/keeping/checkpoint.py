@@ -26,6 +26,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
+from pipeline.keeping.fingerprint import Fingerprints
 
 WRITING = "writing"
 """Folder of a checkpoint that is not complete."""
@@ -58,6 +59,8 @@ class RunState:
     """Base model: tokenizer and processor, and the weights where frozen ones are not in the checkpoint"""
     settings_hash: str
     """Settings that the numbers depend on (pipeline.plan.fixed_settings)"""
+    weights: Fingerprints
+    """Compared with what was loaded, on whatever ranks"""
 
     @property
     def stage_done(self) -> bool:

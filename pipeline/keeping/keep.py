@@ -18,6 +18,7 @@ from pipeline.engine import gathered_weights
 from pipeline.export import write_export
 from pipeline.keeping import elastic
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState
+from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
@@ -52,6 +53,7 @@ class Keeper:
             index_hash=data.index_hash,
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
+            weights=weights_of(self.parts.engine).found,
         )
         # rank 0 decides for all: only it holds the lease, and ranks may see a shared disk differently
         newest = self.checkpoints.newest().get(stage) if self.world.main else None
@@ -74,7 +76,7 @@ class Keeper:
     def load(self, start: Checkpoint) -> None:
         """Put a checkpoint into the engine, converted first if other ranks or another ZeRO stage wrote it.
 
-        Raises UserError, on every rank, where that cannot be.
+        Raises UserError, on every rank, where that cannot be, or what was loaded is not what was saved.
         """
         if self.plan.fits(start):
             self.checkpoints.load(self.parts.engine, start, self.world, without_frozen(self.config))
@@ -82,6 +84,7 @@ class Keeper:
             elastic.load(self.parts.engine, start, self.world, without_frozen(self.config), self.log)
         if self.world.main:
             elastic.remove_converted(self.out)
+        check_loaded(self.parts.engine, start.state.weights, start.path)
         self.log.info("resumed from %s", start.path)
 
     def best(self, stage: int) -> float:

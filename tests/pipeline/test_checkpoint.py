@@ -16,6 +16,7 @@ from data_prep.files import sha256
 from pipeline import distributed
 from pipeline.data.order import DataState
 from pipeline.distributed import World
+from pipeline.keeping import keep
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
 from pipeline.keeping.keep import Keeper, full_disk_told
 from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoint
@@ -110,6 +111,7 @@ def test_prune(tmp_path: Path) -> None:
 def test_best_is_named_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in between, the next start finds no best, and so validates the step again."""
     monkeypatch.setattr(distributed, "from_main", lambda value: value)
+    monkeypatch.setattr(keep, "weights_of", lambda engine: SimpleNamespace(found=STATE.weights))
     stage: Any = SimpleNamespace(state=lambda step: DataState(0, step // 3, 8 * step, 0, "i"))
     parts: Any = SimpleNamespace(base_hash="b", engine=None, stages=[stage])
     plan: Any = SimpleNamespace(config=settings(), out=tmp_path, zero_stage=2)
