@@ -23,7 +23,7 @@ FREE = {
     "name", "model.checkpointing", "model.schedule", "data.path", "data.mix", "data.source", "data.options",
     "data.workers", "data.max_bad", "data.cache_gb", "train.micro_batch", "train.accumulation",
     "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.val_samples", "train.val_batch",
-    "train.log_every", "train.hang_minutes", "train.trace", "train.export", "eval.max_new_tokens",
+    "train.log_every", "train.hang_minutes", "train.memory_check", "train.trace", "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 
