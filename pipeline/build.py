@@ -77,7 +77,7 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     for start in plan.starts.values():
         check_inputs(start, indexes["train"], base_hash)
     built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device, size, memory)
-    log_decisions(plan, built, memory, device, log)
+    log_decisions(plan, built, device, log)
     log.info("fingerprints of the model as it was built: %s", check_ranks(built.engine))
     return Parts(built.engine, processor, builder, indexes, stages, base, base_hash)
 
@@ -135,9 +135,9 @@ def check_inputs(start: Checkpoint, index: Index, base_hash: str) -> None:
             raise UserError(f"{name} is not the one that {start.path} was trained with; choose another --out")
 
 
-def log_decisions(plan: Plan, built: Built, memory: Forecast, device: torch.device, log: logging.Logger) -> None:
+def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.Logger) -> None:
     """What was decided for this start."""
-    stage = plan.ds["zero_optimization"]["stage"]
+    stage, memory = plan.ds["zero_optimization"]["stage"], built.forecast
     log.info("ZeRO-%d on %d ranks (%s)", stage, plan.triangle.world, device.type)
     log.info("batch: %s; loss norm %s", plan.triangle, plan.config.optim.loss_norm)
     log.info("memory a rank, of %.1f GB: about %.2f GB for parameters and optimizer, at most %.2f GB for activations",

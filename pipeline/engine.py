@@ -36,6 +36,8 @@ class Built:
 
     engine: deepspeed.DeepSpeedEngine
     schedule: Schedule
+    size: ModelSize
+    forecast: Forecast
     resident: bool
     """Whether parameters stay whole between the passes of a step"""
 
@@ -108,7 +110,7 @@ def build_engine(
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
     engine.hf_config = hf_config
-    return Built(engine, schedule, resident)
+    return Built(engine, schedule, size, memory, resident)
 
 
 def check_parts(method: LatentMethod) -> None:
