@@ -12,15 +12,19 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline import distributed, prepare
+from pipeline.agreement import agreed, facts_of_inputs
 from pipeline.backbones import BACKBONES
-from pipeline.config import RunConfig
+from pipeline.config import LoraConfig, RunConfig
 from pipeline.data.fitting import all_stages
 from pipeline.data.loader import Share, StageSteps
 from pipeline.data.mixture import Index, Mixture
 from pipeline.distributed import World
-from pipeline.engine import Built, build_engine
+from pipeline.engine import Built, build_engine, expected_size, use_of
 from pipeline.keeping.checkpoint import Checkpoint
-from pipeline.memory import snapshot_bytes
+from pipeline.keeping.fingerprint import check_ranks
+from pipeline.memory import Forecast, ModelSize, forecast, smallest_room, snapshot_bytes
+from pipeline.memory_advice import problem_of_states, warning_of_activations
+from pipeline.model import resolve_dtype
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 from pipeline.registry import load_plugin
@@ -55,12 +59,15 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     Raises UserError, on every rank, where something does not fit.
     """
     config = plan.config
-    indexes = prepare.check_data(config)
-    processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
-    taken = config.latent.patches_taken
-    if taken and any(stage.latents for stage in config.curriculum.stages):
-        for index in indexes.values():
-            prepare.check_patches(index, processor, taken)
+    with agreed() as facts:
+        indexes = prepare.check_data(config)
+        processor = BACKBONES[config.model.backbone].processor(base, config.prompt, config.model.revision)
+        taken = config.latent.patches_taken
+        if taken and any(stage.latents for stage in config.curriculum.stages):
+            for index in indexes.values():
+                prepare.check_patches(index, processor, taken)
+        facts |= facts_of_inputs(indexes, base, config.model.revision)
+    size, memory = check_memory(plan, base, processor.tokenizer, device, log)
     builder = RowBuilder(processor, config.prompt, taken)
     share = Share(world.rank, world.size, plan.triangle.global_batch, plan.triangle.micro_batch)
     stages = all_stages(
@@ -70,9 +77,35 @@ def build_parts(plan: Plan, base: Path | str, world: World, device: torch.device
     base_hash = distributed.from_main(base_hash)
     for start in plan.starts.values():
         check_inputs(start, indexes["train"], base_hash)
-    built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device)
+    built = build_engine(config, plan.ds, base, plan.triangle, processor.tokenizer, device, size, memory)
     log_decisions(plan, built, device, log)
+    log.info("fingerprints of the model as it was built: %s", check_ranks(built.engine))
     return Parts(built.engine, processor, builder, indexes, stages, base, base_hash)
+
+
+def check_memory(
+    plan: Plan, base: Path | str, tokenizer: Any, device: torch.device, log: logging.Logger
+) -> tuple[ModelSize, Forecast]:
+    """The model's size and what it will take, before it is loaded; ranks call it together.
+
+    Raises UserError, on every rank, where not even the first step can be trained, unless train.memory_check is warn.
+    """
+    config = plan.config
+    dtype = resolve_dtype(config.model.dtype, device)
+    size, use = expected_size(config, base, dtype, tokenizer), use_of(config, plan.ds, plan.triangle)
+    room = smallest_room(device)
+    log.info("parameters: %s trained of %s", f"{size.trained:,}", f"{size.parameters:,}")
+    memory = forecast(size, use, room)
+    if not memory.states_fit:
+        lora = config.model_copy(update={"model": config.model.model_copy(update={"lora": LoraConfig()})})
+        smaller = None if config.model.lora else expected_size(lora, base, dtype, tokenizer)
+        problem = problem_of_states(size, use, room, smaller)
+        if config.train.memory_check == "error":
+            raise UserError(problem)
+        log.warning(problem)
+    if warning := warning_of_activations(size, use, room):
+        log.warning(warning)
+    return size, memory
 
 
 def make_missing(plan: Plan, world: World, log: logging.Logger, fence: Callable[[], None]) -> Path | str:
@@ -112,9 +145,10 @@ def log_decisions(plan: Plan, built: Built, device: torch.device, log: logging.L
     stage, memory = plan.ds["zero_optimization"]["stage"], built.forecast
     log.info("ZeRO-%d on %d ranks (%s)", stage, plan.triangle.world, device.type)
     log.info("batch: %s; loss norm %s", plan.triangle, plan.config.optim.loss_norm)
-    log.info("parameters: %s trained of %s", f"{built.size.trained:,}", f"{built.size.parameters:,}")
     log.info("memory a rank, of %.1f GB: about %.2f GB for parameters and optimizer, at most %.2f GB for activations",
-             memory.available / 1e9, memory.states / 1e9, memory.activations / 1e9)  # fmt: skip
+             memory.room.device / 1e9, memory.states / 1e9, memory.activations / 1e9)  # fmt: skip
+    if memory.offloaded:
+        log.info("offloaded: %.2f GB a rank, of %.1f GB", memory.offloaded / 1e9, memory.room.host / 1e9)
     if memory.gathered:
         how = "stay gathered between passes" if built.resident else "are gathered anew by every pass"
         log.info("parameters %s; a whole copy takes %.2f GB", how, memory.gathered / 1e9)

@@ -177,6 +177,8 @@ class TrainConfig(Section):
     none does."""
     hang_minutes: float = Field(30.0, ge=0, allow_inf_nan=False)
     """A rank ends, with its stacks in its log, when one part of a step (data, forward, ...) takes longer; 0: never."""
+    memory_check: Literal["error", "warn"] = "error"
+    """When parameters and optimizer will not fit into memory by the forecast: stop before loading them, or go on."""
     trace: bool = False
     """Name the rows of every step in metrics.jsonl, in the order of the global batch."""
     export: Literal["stages", "last", "none"] = "stages"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from data_prep.errors import UserError
@@ -22,7 +24,7 @@ from pipeline.ds_config import Triangle, fill_auto
 from pipeline.latent.method import LatentMethod
 from pipeline.latent.recompute import enable_checkpointing, has_dropout
 from pipeline.latent.schedules import Schedule, choose_schedule
-from pipeline.memory import RESIDENCY, Forecast, ModelSize, available_memory, forecast, residency, stays_resident
+from pipeline.memory import RESIDENCY, Forecast, ModelSize, Use, residency, stays_resident
 from pipeline.model import LatentModel, add_lora, decay_groups, embedding_weights, resolve_dtype, set_to_mean
 from pipeline.prepare import in_a_line
 from pipeline.prompt import LATENT_TOKEN, MARKERS
@@ -40,10 +42,43 @@ class Built:
     """Whether parameters stay whole between the passes of a step"""
 
 
+def expected_size(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenizer: Any) -> ModelSize:
+    """Size of the model as it will be trained, from its config alone: no weights are read or made."""
+    family, model = BACKBONES[config.model.backbone], config.model
+    shape = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(shape, dtype=dtype)
+        backbone = family(as_trained(vlm, config, copy.deepcopy(tokenizer)))
+    return ModelSize.of(backbone, backbone.decoder.config)
+
+
+def use_of(config: RunConfig, ds: Mapping[str, Any], triangle: Triangle) -> Use:
+    """What else memory depends on.  ds: the DeepSpeed file, filled or not."""
+    zero = ds["zero_optimization"]
+    optimizer, parameters = (zero.get(f"offload_{what}") or {} for what in ("optimizer", "param"))
+    return Use(
+        zero["stage"],
+        triangle.world,
+        triangle.micro_batch,
+        config.prompt.max_tokens,
+        checkpointing=config.model.checkpointing,
+        keeps_kv=config.latent.latent_grad == "bptt",
+        optimizer_on=optimizer.get("device", "none"),
+        parameters_on=parameters.get("device", "none"),
+    )
+
+
 def build_engine(
-    config: RunConfig, ds: dict[str, Any], base: Path | str, triangle: Triangle, tokenizer: Any, device: torch.device
+    config: RunConfig,
+    ds: dict[str, Any],
+    base: Path | str,
+    triangle: Triangle,
+    tokenizer: Any,
+    device: torch.device,
+    size: ModelSize,
+    memory: Forecast,
 ) -> Built:
-    """The model of folder or hub id `base` under DeepSpeed; the process group must exist.
+    """The model of folder or hub id `base` under DeepSpeed; the process group must exist.  size: `expected_size`.
 
     ZeRO-3 partitions parameters as they are created, so no rank ever holds the whole model.
     """
@@ -60,16 +95,6 @@ def build_engine(
     backbone = family(load_model(config, base, dtype, tokenizer))
 
     zero, o = ds["zero_optimization"], config.optim
-    size = ModelSize.of(backbone, backbone.decoder.config)
-    memory = forecast(
-        size,
-        zero["stage"],
-        triangle.world,
-        columns=triangle.micro_batch * config.prompt.max_tokens,
-        checkpointing=model.checkpointing,
-        keeps_kv=config.latent.latent_grad == "bptt",
-        available=min(distributed.gather(available_memory(device))),  # ranks must decide alike
-    )
     zero.update({name: residency(memory.resident, size.parameters)[name] for name in undecided})
     resident = stays_resident(zero, size.parameters)
     torch.manual_seed(config.train.seed)  # the parts' parameters begin alike on all ranks
@@ -101,11 +126,15 @@ def check_parts(method: LatentMethod) -> None:
 
 
 def load_model(config: RunConfig, base: Path | str, dtype: torch.dtype, tokenizer: Any) -> Any:
-    """The transformers model as it is trained: latent token, frozen parts, adapters, checkpointing."""
+    """The transformers model of `base` as it is trained."""
+    torch.manual_seed(config.train.seed)
+    return as_trained(load_base(config.model, base, dtype), config, tokenizer)
+
+
+def as_trained(vlm: Any, config: RunConfig, tokenizer: Any) -> Any:
+    """A base model with what training adds: latent token, frozen parts, adapters, checkpointing."""
     model = config.model
     family = BACKBONES[model.backbone]
-    torch.manual_seed(config.train.seed)
-    vlm = load_base(model, base, dtype)
     add_tokens(vlm, tokenizer, [LATENT_TOKEN, *(MARKERS if config.prompt.markers else ())])
     if model.freeze_vision:
         family(vlm).vision.requires_grad_(False)

@@ -24,7 +24,7 @@ FREE = {
     "data.workers", "data.max_bad", "data.cache_gb", "train.micro_batch", "train.accumulation",
     "train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints", "train.validate_every",
     "train.val_samples", "train.val_batch", "train.log_every", "train.rollback_after", "train.spike",
-    "train.hang_minutes", "train.trace", "train.export", "eval.max_new_tokens",
+    "train.hang_minutes", "train.memory_check", "train.trace", "train.export", "eval.max_new_tokens",
 }  # fmt: skip
 """Settings that may differ between starts of one run: the numbers do not depend on them."""
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 
 from data_prep.errors import UserError
 from pipeline import distributed
+from pipeline.agreement import agreed, facts_of_start, mistakes_shared
 from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
 from pipeline.data.loader import Share, StageSteps, steps_from
@@ -84,15 +85,17 @@ def main(
     overrides |= {"data.max_bad": str(max_bad)} if max_bad is not None else {}
     overrides |= {f"prompt.{name}": str(value) for name, value in PROMPTS[prompt].items()} if prompt else {}
     recipes = recipe_paths(recipe) if recipe else [DEMO_RECIPE]
-    config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
-    plan = make_plan(config, ds, out, stages, resume, world.size)
-    lease = Lease(plan.out)
     exit_with_launcher()
+    with mistakes_shared(world):
+        config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
+        plan = make_plan(config, ds, out, stages, resume, world.size)
+    lease = Lease(plan.out)
     try:
-        if world.main:
-            lease.acquire()
-            # whoever had the folder until now may have got further
-            plan = make_plan(config, ds, out, stages, resume, world.size)
+        with mistakes_shared(world):
+            if world.main:
+                lease.acquire()
+                # whoever had the folder until now may have got further
+                plan = make_plan(config, ds, out, stages, resume, world.size)
         heartbeat = Heartbeat(plan.out, lease, world.rank, world.size)
         with full_disk_told(plan.out), lost_workers_told(), heartbeat:
             Run(plan, world, lease, heartbeat).train()
@@ -115,6 +118,8 @@ class Run:
         self.unusable = Unusable(self.config.data.max_bad, self.log, self.out / "logs")
         self.guard = Guard(train.rollback_after, train.spike)
         self.device = distributed.start(world)
+        with agreed() as facts:
+            facts |= facts_of_start(plan, self.device)
         self.stop = STOP
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
         self.stop.note(signal.SIGUSR1, signal.SIGTERM)

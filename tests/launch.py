@@ -37,12 +37,13 @@ def arguments(out: Path, data: Path, *options: str, ds: str = "zero3") -> list[s
 def launch(out: Path, data: Path, *options: str, ranks: int = 2, ds: str = "zero3") -> subprocess.Popen:
     """`deepspeed pipeline/train.py ...` in its own process group, output to OUT.log."""
     command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    return _start([*command, *arguments(out, data, *options, ds=ds)], out)
+    return start([*command, *arguments(out, data, *options, ds=ds)], out)
 
 
-def _start(command: list[str], out: Path, **extra: str) -> subprocess.Popen:
+def start(command: list[str], out: Path, cwd: Path = ROOT, **extra: str) -> subprocess.Popen:
+    """A command in its own process group, output to OUT.log; extra: environment variables."""
     log = open(f"{out}.log", "a")  # noqa: SIM115  (the child's)
-    return subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment(**extra), stdout=log, stderr=log, start_new_session=True)
 
 
 def train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> str:
@@ -57,7 +58,7 @@ def try_train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "z
     Path(f"{out}.log").unlink(missing_ok=True)
     port = str(free_port())
     processes = [
-        _start(
+        start(
             [sys.executable, *arguments(out, data, *options, ds=ds)], out,
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )

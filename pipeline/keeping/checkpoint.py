@@ -27,6 +27,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
+from pipeline.keeping.fingerprint import Fingerprints
 from pipeline.keeping.writing import Files, entry_of, handed_to, part_of
 from pipeline.watching.guard import GuardState
 
@@ -61,6 +62,8 @@ class RunState:
     """Base model: tokenizer and processor, and the weights where frozen ones are not in the checkpoint"""
     settings_hash: str
     """Settings that the numbers depend on (pipeline.plan.fixed_settings)"""
+    weights: Fingerprints
+    """Compared with what was loaded, on whatever ranks"""
 
     guard: GuardState = GuardState()
     """Steps that went wrong, and what the next are judged by"""

@@ -24,6 +24,7 @@ from pipeline.engine import gathered_weights
 from pipeline.export import write_export
 from pipeline.keeping import elastic
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState
+from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.writing import Files
 from pipeline.plan import Plan, done_marker, settings_hash
@@ -102,6 +103,7 @@ class Keeper:
             index_hash=data.index_hash,
             base_hash=self.parts.base_hash,
             settings_hash=settings_hash(self.config),
+            weights=weights_of(self.parts.engine).found,
             guard=guard or GuardState(),
         )
         if self.pending is not None and self.pending.state == state and best is None:
@@ -213,7 +215,7 @@ class Keeper:
     def load(self, start: Checkpoint) -> None:
         """Put a checkpoint into the engine, converted first if other ranks or another ZeRO stage wrote it.
 
-        Raises UserError, on every rank, where that cannot be.
+        Raises UserError, on every rank, where that cannot be, or what was loaded is not what was saved.
         """
         if self.plan.fits(start):
             self.checkpoints.load(self.parts.engine, start, self.world, without_frozen(self.config))
@@ -222,6 +224,7 @@ class Keeper:
         if self.world.main:
             self.lease.check()
             elastic.remove_converted(self.out)
+        check_loaded(self.parts.engine, start.state.weights, start.path)
         self.log.info("resumed from %s", start.path)
 
     def roll_back(self, told: str) -> Checkpoint:

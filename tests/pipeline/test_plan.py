@@ -12,6 +12,7 @@ from data_prep.errors import UserError
 from pipeline.config import RunConfig, load_config
 from pipeline.ds_config import Triangle
 from pipeline.keeping.checkpoint import Checkpoints, RunState
+from pipeline.keeping.fingerprint import Fingerprints
 from pipeline.plan import (
     check_same_run,
     check_split,
@@ -25,7 +26,7 @@ from pipeline.plan import (
 
 STATE = RunState(
     stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i",
-    base_hash="b", settings_hash="s",
+    base_hash="b", settings_hash="s", weights=Fingerprints("t", "f", "b"),
 )  # fmt: skip
 
 

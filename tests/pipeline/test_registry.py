@@ -223,7 +223,7 @@ def test_parts_are_tried_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPa
     config = load_config(None, {"latent.feedback": "four", "model.path": "m", "data.path": "d"})
     ds = load_ds_config(ROOT / "ds_configs" / "zero3.json")
     with pytest.raises(UserError, match=said):
-        engine.build_engine(config, ds, "m", Triangle(8, 1, 8, 1), None, torch.device("cpu"))
+        engine.build_engine(config, ds, "m", Triangle(8, 1, 8, 1), None, torch.device("cpu"), None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
