@@ -176,7 +176,8 @@ class TrainConfig(Section):
     """A loss more than so many (robust) deviations above the median of up to 64 steps before it counts as a spike; 0:
     none does."""
     hang_minutes: float = Field(30.0, ge=0, allow_inf_nan=False)
-    """A rank ends, with its stacks in its log, when one part of a step (data, forward, ...) takes longer; 0: never."""
+    """The run ends, naming the rank that hangs, when a part of a step (data, forward, ...) takes longer, or 20 times as
+    long as ever before and 2 minutes; 0: never."""
     memory_check: Literal["error", "warn"] = "error"
     """When parameters and optimizer will not fit into memory by the forecast: stop before loading them, or go on."""
     trace: bool = False

@@ -1,14 +1,22 @@
-"""Command: whether a run is alive, and how far it is.  `python -m pipeline.status --run DIR`"""
+"""Command: whether a run is alive, and how far it is.  `python -m pipeline.status --run DIR`
+
+With `--stop true` it asks the run to save and stop, from any machine that sees the folder.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 
 from data_prep import cli
 from data_prep.errors import UserError
+from data_prep.files import write_atomic
+from pipeline.keeping.lease import has_ended
 from pipeline.watching.activity import SHORT
-from pipeline.watching.heartbeat import Beat, newest_checkpoint, path_of, read_beat
+from pipeline.watching.heartbeat import Beat, newest_checkpoint, path_of, read_beat, stop_path
 
 STALE = 120.0
 """Seconds without a beat until a run counts as dead: twelve beats, for slow disks."""
@@ -16,9 +24,10 @@ STALLED = 600.0
 """Seconds in one part of a step until a run that still beats counts as hanging."""
 
 
-def main(*, run: Path) -> None:
+def main(*, run: Path, json: bool = False, stop: bool = False) -> None:
     """Print what a run is doing; reads files only, on any machine that sees the folder.
 
+    --json: the heartbeat with a verdict, for scripts; --stop: ask it to end with a checkpoint after its present step.
     Exit status: 0 alive or done, 1 dead, hanging, failed or stopped, 2 a mistake in the command.
     """
     if not run.is_dir():
@@ -27,14 +36,43 @@ def main(*, run: Path) -> None:
     if beat is None:
         raise UserError(f"{run} has no {path_of(run).name}: no training has begun there")
     now = time.time()
-    print("\n".join(lines(run, beat, now)))
-    if not alive(beat, now) and beat.phase != "done":
+    said = verdict(beat, now)
+    if stop and said != "alive":
+        raise UserError(f"{run} cannot be asked to stop: {lines(run, beat, now)[0].removeprefix(f'{run}: ')}")
+    if json:
+        print(dumps({"verdict": said, "age": now - beat.time, **asdict(beat)}, indent=1))
+    else:
+        print("\n".join(lines(run, beat, now)))
+    if stop:
+        ask_to_stop(run)
+    if said not in ("alive", "done"):
         raise SystemExit(1)
 
 
-def alive(beat: Beat, now: float) -> bool:
-    """Whether somebody is training, and gets on; now: seconds since 1970."""
-    return beat.phase not in ("done", "stopped", "failed") and now - beat.time <= STALE and not hangs(beat)
+def ask_to_stop(run: Path) -> None:
+    """Have the run save after its step and end with status 75; rank 0 looks for this every second."""
+    try:
+        write_atomic(stop_path(run), "")
+    except OSError as error:
+        raise UserError(f"{stop_path(run)} cannot be written: {error}") from None
+    print("asked to stop: it saves after its present step, and then says `stopped on request` here", file=sys.stderr)
+
+
+def verdict(beat: Beat, now: float) -> str:
+    """alive, hangs, dead, done, stopped or failed; now: seconds since 1970.
+
+    At once where the process was one of this machine; from elsewhere a run is dead after `STALE` seconds in silence.
+    """
+    if beat.phase in ("done", "stopped", "failed"):
+        return beat.phase
+    if ended_here(beat) or now - beat.time > STALE:
+        return "dead"
+    return "hangs" if hangs(beat) else "alive"
+
+
+def ended_here(beat: Beat) -> bool | None:
+    """Whether rank 0's process is no more; None where this machine cannot tell."""
+    return has_ended(beat.process) if {"host", "pid"} <= beat.process.keys() else None
 
 
 def hangs(beat: Beat) -> bool:
@@ -46,17 +84,16 @@ def lines(run: Path, beat: Beat, now: float) -> list[str]:
     """What a user wants to know, a line each."""
     age, where = now - beat.time, beat.where
     doing = f"{beat.phase} ({beat.part})" if beat.part else beat.phase
+    said = verdict(beat, now)
     head = {
         "done": f"done, {span(age)} ago",
         "stopped": f"stopped on request {span(age)} ago; the same command goes on",
         "failed": f"failed {span(age)} ago: {beat.reason}",
-    }.get(beat.phase)
-    if head is None and alive(beat, now):
-        head = f"alive: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago"
-    elif head is None and now - beat.time <= STALE:
-        head = f"HANGS: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago"
-    elif head is None:
-        head = f"DEAD: no sign of life for {span(age)}; its last was {doing}"
+        "alive": f"alive: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago",
+        "hangs": f"HANGS: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago",
+        "dead": f"DEAD: {'the process has ended' if ended_here(beat) else 'no sign of life'} for {span(age)};"
+        f" its last was {doing}",
+    }[said]
     job = f", job {beat.job}" if beat.job else ""
     restarts = f", restart {beat.restarts}" if beat.restarts else ""
     out = [
@@ -65,9 +102,11 @@ def lines(run: Path, beat: Beat, now: float) -> list[str]:
     ]
     if where.stage >= 0:
         out.append(f"stage {where.stage}: step {where.step} of {where.steps}, global step {where.global_step}")
-        left = "" if where.left is None or not alive(beat, now) else f", {span(where.left)} left in the stage"
+        left = "" if where.left is None or said != "alive" else f", {span(where.left)} left in the stage"
         loss = "none" if where.loss is None else f"{where.loss:.4f}"
-        out.append(f"loss {loss}, {where.rate:.2f} steps/s{left}, {where.bad_samples} bad samples")
+        counts = {"skipped steps": "skipped", "rollbacks": "rollbacks"}
+        guarded = "".join(f", {n} {name}" for name, field in counts.items() if (n := getattr(where, field, 0)))
+        out.append(f"loss {loss}, {where.rate:.2f} steps/s{left}, {where.bad_samples} bad samples{guarded}")
     done = sorted(int(p.stem[5:]) for p in run.glob("stage*.done") if p.stem[5:].isdigit())
     out.append("stages done: " + (", ".join(map(str, done)) or "none"))
     newest = newest_checkpoint(run)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import signal
 import socket
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ if not __package__:  # started by path: the modules' root is the folder above
 from pipeline.watching.watch import STOP, STOPPED, exit_with_launcher, run_rank
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
-    STOP.note(signal.SIGUSR1)
+    STOP.begin()
 
 
 from data_prep.errors import UserError
@@ -122,7 +121,7 @@ class Run:
             facts |= facts_of_start(plan, self.device)
         self.stop = STOP
         # not before: a launcher ends ranks that have nothing to save by SIGTERM
-        self.stop.note(signal.SIGUSR1, signal.SIGTERM)
+        self.stop.agree()
         stages, starts = distributed.from_main((plan.stages, plan.starts))
         self.plan = from_sound(replace(plan, stages=stages, starts=starts), world, self.log, lease.check)
         if self.plan.stages:
@@ -243,6 +242,7 @@ class Run:
 
     def _save(self, stage: int, done: int, global_step: int, best: dict[str, float] | None = None) -> None:
         length = len(self.parts.stages[stage])
+        self.monitor.flush()
         self.keeper.save(stage, done, length, global_step + 1, best, self.guard.state)
 
     def _tell_wrong(self, stage: int, done: int, global_step: int, lr: float, wrong: str, keys: list[str]) -> None:

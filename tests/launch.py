@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -29,9 +32,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def arguments(out: Path, data: Path, *options: str, ds: str = "zero3") -> list[str]:
-    return ["pipeline/train.py", "--ds", f"ds_configs/{ds}.json", "--recipe", str(TINY), "--out", str(out),
-            "--data", str(data), *options]  # fmt: skip
+def arguments(out: Path, data: Path | None, *options: str, ds: str = "zero3") -> list[str]:
+    there = ["--data", str(data)] if data else []
+    return ["pipeline/train.py", "--ds", f"ds_configs/{ds}.json", "--recipe", str(TINY), "--out", str(out), *there,
+            *options]  # fmt: skip
 
 
 def launch(out: Path, data: Path, *options: str, ranks: int = 2, ds: str = "zero3") -> subprocess.Popen:
@@ -46,6 +50,51 @@ def start(command: list[str], out: Path, cwd: Path = ROOT, **extra: str) -> subp
     return subprocess.Popen(command, cwd=cwd, env=environment(**extra), stdout=log, stderr=log, start_new_session=True)
 
 
+class Rank:
+    """The training command in a process that is forked from one which has done the imports: they take most of a start.
+
+    All else is as `python pipeline/train.py ...` does it; `launch` and the tests of slurm/ start that itself.
+    """
+
+    def __init__(self, words: list[str], log: Path, **extra: str) -> None:
+        self._process = _forks().Process(target=_train, args=(words, log, environment(**extra)))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("train", timeout or 0)
+        return self._process.exitcode
+
+
+@functools.cache
+def _forks() -> Any:
+    os.environ.update(environment())  # the imports read it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.train"])
+    return context
+
+
+def _train(words: list[str], log: Path, variables: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = words
+    from pipeline import train as command
+    from pipeline.watching.watch import STOP, run_rank
+
+    STOP.begin()
+    run_rank(command.main, command.World.from_environment().main)
+
+
 def train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> str:
     """Train with plain processes, as `srun` starts them; returns the log.  Fails the test where a rank fails."""
     code, log = try_train(out, data, *options, ranks=ranks, ds=ds)
@@ -53,17 +102,13 @@ def train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3
     return log
 
 
-def try_train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "zero3") -> tuple[int, str]:
-    """The same, giving rank 0's exit status and the log."""
-    Path(f"{out}.log").unlink(missing_ok=True)
-    port = str(free_port())
-    processes = [
-        start(
-            [sys.executable, *arguments(out, data, *options, ds=ds)], out,
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+def try_train(
+    out: Path, data: Path | None, *options: str, ranks: int = 1, ds: str = "zero3", **extra: str
+) -> tuple[int, str]:
+    """The same, giving rank 0's exit status and the log.  extra: environment variables."""
+    log = Path(f"{out}.log")
+    log.unlink(missing_ok=True)
+    processes = start_ranks(out, arguments(out, data, *options, ds=ds), ranks, **extra)
     try:
         code = wait(processes[0], out, 300)
         if code == 0:
@@ -71,15 +116,21 @@ def try_train(out: Path, data: Path, *options: str, ranks: int = 1, ds: str = "z
     finally:
         for process in processes:
             kill_tree(process)
-    return code, Path(f"{out}.log").read_text()
+    return code, log.read_text()
 
 
-def wait(process: subprocess.Popen, out: Path, seconds: float) -> int:
+def start_ranks(out: Path, words: list[str], ranks: int, **extra: str) -> list[Rank]:
+    """The ranks of one start; they write to OUT.log."""
+    extra |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Rank(words, Path(f"{out}.log"), RANK=str(r), LOCAL_RANK=str(r), **extra) for r in range(ranks)]
+
+
+def wait(process: subprocess.Popen | Rank, out: Path, seconds: float) -> int:
     """Exit status.  A run that does not end fails the test, showing where every process of it stands."""
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        for pid in training_processes(out):
+        for pid in training_processes(out) or [process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER writes the stacks of all threads
         time.sleep(2)
@@ -128,7 +179,7 @@ def training_processes(out: Path) -> dict[int, int]:
     return parents
 
 
-def kill_tree(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen | Rank) -> None:
     """SIGKILL to the whole process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -181,7 +181,7 @@ def test_changed_base_is_refused(whole_run, data, tmp_path):
     lora = lora_settings(whole_run, **{"model.path": str(base)})
     train(tmp_path / "run", data, "--stages", "0", *options_of(lora))
     shutil.copy(whole_run / "export" / "stage2" / "model.safetensors", base)
-    code, log = start(tmp_path / "run", data, "--stages", "1", *options_of(lora))
+    code, log = try_train(tmp_path / "run", data, "--stages", "1", *options_of(lora))
     assert code == 2
     assert "the base model is not the one that" in log
 
@@ -294,41 +294,6 @@ def test_reset_optimizer_in_one_launch_or_two(data, tmp_path):
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher", "tree"])
-def test_killed_and_resumed(whole_run, data, tmp_path, victim):
-    """SIGKILL in stage 1 (after its checkpoint at step 3), then the same command again: the same run to the last bit.
-
-    Checkpoints are written while training goes on, unlike those compared with.
-    """
-    out = tmp_path / "run"
-    options = ["--train.async_checkpoints", "true"]
-    process = launch.launch(out, data, *options)
-    launch.wait_for_step(out, 12, process)
-    if victim == "rank":
-        os.kill(launch.rank_processes(out)[-1], signal.SIGKILL)
-    elif victim == "launcher":
-        os.kill(process.pid, signal.SIGKILL)
-    else:
-        launch.kill_tree(process)
-    process.wait(timeout=60)
-    again = launch.launch(out, data, *options, "--resume", "auto")
-    try:
-        assert launch.wait(again, out, 240) == 0, Path(f"{out}.log").read_text()[-4000:]
-    finally:
-        launch.kill_tree(again)
-        for pid in launch.rank_processes(out):
-            os.kill(pid, signal.SIGKILL)
-    assert "resumed from" in Path(f"{out}.log").read_text()
-    assert losses(out) == losses(whole_run)
-    assert states(out) == states(whole_run)
-
-
-def states(out):
-    """Of the last checkpoint: hash of every file of parameters and moments."""
-    manifest = json.loads((Checkpoints(out).all()[-1].path / "manifest.json").read_text())
-    return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".pt")}
-
-
 def test_nothing_stays_in_shared_memory():
     port = str(launch.free_port())
     code = "from pipeline import distributed; distributed.start(distributed.World()); distributed.stop()"
@@ -337,28 +302,29 @@ def test_nothing_stays_in_shared_memory():
     assert not list(Path("/dev/shm").glob(f"*{port}*"))
 
 
+IMPATIENT = """
+from pipeline.keeping.lease import Lease
+from pipeline.latent.parts import FEEDBACKS, Feedback
+
+Lease.acquire.__defaults__ = (0.1,)  # seconds to wait for one that may be about to stop
+
+@FEEDBACKS.add("same")
+class Same(Feedback):
+    def forward(self, reading):
+        return reading.tip[:, None]
+"""
+
+
 def test_run_folder_in_use(data, tmp_path):
-    out = tmp_path / "run"
-    long = "[{latents: 0, skip: 0, steps: 5000}]"
-    first = launch.launch(out, data, "--curriculum.stages", long, ranks=1)
+    plugin, lease = tmp_path / "impatient.py", Lease(tmp_path / "run")
+    plugin.write_text(IMPATIENT)
+    lease.acquire()
     try:
-        launch.wait_for_step(out, 0, first)
-        code, log = start(out, data, "--curriculum.stages", long)
-        assert code == 2
-        assert "is in use by process" in log
+        code, log = try_train(tmp_path / "run", data, "--plugin", str(plugin))
     finally:
-        launch.kill_tree(first)
-        for pid in launch.rank_processes(out):
-            os.kill(pid, signal.SIGKILL)
-
-
-def start(out, data, *options):
-    """One process of the training command; (exit status, what it said)."""
-    done = subprocess.run(
-        [sys.executable, *launch.arguments(out, data, *options)],
-        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+        lease.release()
+    assert code == 2 and f"error: {tmp_path / 'run'} is in use by process {os.getpid()}" in log
+    assert not list(tmp_path.glob("run/stage*"))
 
 
 def test_stage_without_its_marker_is_ended_again(data, tmp_path):
@@ -415,7 +381,7 @@ def test_old_checkpoints_go(data, tmp_path):
 
 def test_finished_run_does_nothing(whole_run, data):
     before = (whole_run / "metrics.jsonl").read_text()
-    code, log = start(whole_run, data)
+    code, log = try_train(whole_run, data)
     assert code == 0 and "nothing to do" in log
     assert (whole_run / "metrics.jsonl").read_text() == before
 
@@ -448,21 +414,15 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(whole_run, data, tmp_path, case):
     options, message = BAD[case]
-    arguments = launch.arguments(tmp_path / "run", data)
-    if "--data" in options:
-        arguments = arguments[: arguments.index("--data")]
-    done = subprocess.run(
-        [sys.executable, *arguments, *options],
-        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert f"error: {message}" in done.stderr.replace(f"{TINY}: ", "")
-    assert "Traceback" not in done.stderr
-    assert "ZeRO-3 on" not in done.stderr, "the engine was built first"
+    code, log = try_train(tmp_path / "run", None if "--data" in options else data, *options)
+    assert code == 2, log
+    assert f"error: {message}" in log.replace(f"{TINY}: ", "")
+    assert "Traceback" not in log
+    assert "ZeRO-3 on" not in log, "the engine was built first"
 
 
 def test_other_settings_in_a_used_folder(whole_run, data):
-    code, log = start(whole_run, data, "--train.seed", "5")
+    code, log = try_train(whole_run, data, "--train.seed", "5")
     assert code == 2
     assert "train.seed is 5 but" in log and "was trained with 0" in log
 
@@ -472,7 +432,7 @@ def test_index_that_disagrees_with_its_manifest(data, tmp_path):
     shutil.copytree(data, broken)
     index = broken / "train.index.npy"
     index.write_bytes(index.read_bytes()[:-1] + b"\x01")
-    code, log = start(tmp_path / "run", broken)
+    code, log = try_train(tmp_path / "run", broken)
     assert code == 2
     assert "the index of train-000000.tar is not the one that was written" in log
 
@@ -606,16 +566,17 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     stages = "[{latents: 1, skip: 1, steps: 8}]"
     code, log = try_train(
         out, data, "--plugin", str(plugin), "--latent.feedback", "hanging", "--curriculum.stages", stages,
-        "--train.hang_minutes", "0.1", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
+        "--train.hang_minutes", "0.05", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
     )  # fmt: skip
     assert code == HUNG, log[-4000:]
-    for rank in (0, 1):
-        said = (out / "logs" / f"rank{rank}.log").read_text()
-        line = re.search(rf"rank {rank} on \S+ hangs: training \(\w+\) for 0\.\d min", said)
-        assert line and line[0] in log
-    assert "hangs: training (forward)" in said and f'"{plugin}", line' in said
+    rank1 = r"rank 1 on \S+ hangs: training \(forward\) for 0\.\d min, since [\d:]+"
+    logs = [(out / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    culprit = re.search(rank1 + r"; 1 of 2 ranks wait for that; a part may take 0\.1 min", logs[0])
+    assert culprit and culprit[0] in log, "rank 0's screen names the rank that the others wait for"
+    assert re.search(rank1, logs[1]) and "waits" not in logs[1]
+    assert f'"{plugin}", line' in logs[1] and f'"{plugin}", line 10' not in logs[0]
     beat = read_beat(out)
-    assert beat.phase == "failed" and "rank 0 on" in beat.reason and beat.where.step in (2, 3)
+    assert beat.phase == "failed" and culprit[0] in beat.reason and beat.where.step in (2, 3)
 
 
 POISONED = """

@@ -40,6 +40,7 @@ def loaded(dataset: Dataset, sampler: range, workers: int) -> Iterator[Any]:
 def _outlast_signals(worker: int) -> None:
     """A signal to the whole process group asks the rank to stop: its workers go on while it saves, but not for ever."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_on_term, args=(os.getppid(),), daemon=True).start()
 

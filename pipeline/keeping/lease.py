@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lease.json"
-        self._identity = {**_this_process(), "token": os.urandom(8).hex()}
+        self._identity = {**this_process(), "token": os.urandom(8).hex()}
         self._stop = threading.Event()
         self.lost = ""
         """Who has taken the folder over, if somebody has; to be looked at before writing to it."""
@@ -138,7 +139,8 @@ class Lease:
         return value if sound else {}
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """What `has_ended` tells this process by."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "space": _pid_space(), "pid": pid, "started": _start_time(pid)}
 
@@ -146,9 +148,15 @@ def _this_process() -> dict[str, Any]:
 def _is_gone(holder: dict[str, Any]) -> bool:
     if not holder:
         return False
-    if holder["host"] == socket.gethostname() and holder.get("space") == _pid_space():
-        return _start_time(holder["pid"]) != holder.get("started")
-    return time.time() - holder["renewed"] > STALE
+    ended = has_ended(holder)
+    return time.time() - holder["renewed"] > STALE if ended is None else ended
+
+
+def has_ended(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process, as `this_process` names it, is no more; None where it is of another machine or container."""
+    if process["host"] != socket.gethostname() or process.get("space") != _pid_space():
+        return None
+    return _start_time(process["pid"]) != process.get("started")
 
 
 def _named(holder: dict[str, Any]) -> str:

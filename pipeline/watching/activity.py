@@ -31,11 +31,16 @@ class Activity:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.enter("starting")
+        self.longest: dict[tuple[str, str], float] = {}
+        """(phase, part) -> seconds that it has lasted at most, of those that have ended"""
+        self.now = Doing("starting", "", clock())
 
     def enter(self, phase: str, part: str = "") -> None:
+        before, now = self.now, self.clock()
+        key = (before.phase, before.part)
+        self.longest[key] = max(self.longest.get(key, 0.0), now - before.since)
         # one assignment: a reader never sees half of it
-        self.now = Doing(phase, part, self.clock())
+        self.now = Doing(phase, part, now)
 
     @contextmanager
     def __call__(self, phase: str, part: str = "") -> Iterator[None]:

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline.keeping.lease import Lease
+from pipeline.keeping.lease import Lease, this_process
 from pipeline.watching.activity import ACTIVITY, Activity, Doing
-from pipeline.watching.watch import STOPPED
+from pipeline.watching.watch import STOP, STOPPED
 
 EVERY, LOOK = 10.0, 1.0
 """Seconds between beats, and until a new phase is written."""
@@ -62,7 +62,7 @@ class Beat:
     ranks: int
     started: float
     restarts: int
-    """Starts of this run folder before this one"""
+    """Starts of this run folder before this one that trained a step"""
     phase: str
     """As `activity.Doing.phase`; at the end stopped (on request; can go on), done or failed"""
     part: str
@@ -74,6 +74,8 @@ class Beat:
     checkpoint_time: float | None
     reason: str = ""
     """Why it failed"""
+    process: dict[str, str | int | None] = field(default_factory=dict)
+    """Host, process and when it was started, as `lease.has_ended` takes it"""
 
 
 _BEAT = TypeAdapter(Beat)
@@ -81,6 +83,11 @@ _BEAT = TypeAdapter(Beat)
 
 def path_of(run: Path) -> Path:
     return run / "heartbeat.json"
+
+
+def stop_path(run: Path) -> Path:
+    """The file that asks a run to stop as SIGUSR1 does; rank 0 removes it when it has seen it."""
+    return run / "stop"
 
 
 def read_beat(run: Path) -> Beat | None:
@@ -106,9 +113,11 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.main:
             self.started, self.restarts = time.time(), 0
+            with contextlib.suppress(OSError):
+                stop_path(self.run).unlink(missing_ok=True)  # it asked the start before
             with contextlib.suppress(UserError):
                 before = read_beat(self.run)
-                self.restarts = before.restarts + 1 if before else 0
+                self.restarts = before.restarts + (before.where.stage >= 0) if before else 0
             self.write(self.activity.now)
             self._thread.start()
         return self
@@ -132,9 +141,15 @@ class Heartbeat:
     def _beat(self) -> None:
         written, phase = time.monotonic(), self.activity.now.phase
         while not self._end.wait(LOOK):
+            self._stop_if_asked()
             if self.activity.now.phase != phase or time.monotonic() - written >= EVERY:
                 written, phase = time.monotonic(), self.activity.now.phase
                 self.write(self.activity.now)
+
+    def _stop_if_asked(self) -> None:
+        with contextlib.suppress(OSError):
+            stop_path(self.run).unlink()
+            STOP.requested = True
 
     def write(self, now: Doing, reason: str = "") -> None:
         """Write a beat now, unless the folder is another trainer's; a disk that fails is left alone."""
@@ -156,6 +171,7 @@ class Heartbeat:
             where=self.where,
             **newest_checkpoint(self.run),
             reason=reason,
+            process=this_process(),
         )
         with contextlib.suppress(OSError):
             write_atomic(path_of(self.run), json.dumps(asdict(beat), indent=1) + "\n")

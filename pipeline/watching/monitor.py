@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -237,6 +238,13 @@ class Monitor:
             for name, value in values.items():
                 self._board.add_scalar(name, value, global_step)
             self._board.flush()
+
+    def flush(self) -> None:
+        """To be called before a checkpoint: what is told of its steps outlives this process."""
+        if self._main:
+            self._board.flush()
+            with contextlib.suppress(OSError):  # some file systems know no fsync
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._main:

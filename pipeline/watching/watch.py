@@ -18,23 +18,88 @@ STOPPED = 75
 """Exit status of a run that was asked to stop, saved, and can go on (EX_TEMPFAIL)."""
 
 
+AT_ONCE = 130
+"""Exit status of one that was interrupted a second time, and did not wait for its checkpoint."""
+PATIENCE = 3.0
+"""Seconds in which a process that is to end at once may clean up; in foreign code it would notice no signal."""
+
+
 class StopRequest:
-    """Signals that set a flag; the ranks agree on it at the next step."""
+    """Signals that ask for a stop.
+
+    While a rank starts, SIGTERM and Ctrl-C end it, since there is nothing to save and ranks cannot agree yet; SIGUSR1
+    sets a flag.  From `agree` on all of them do, and the ranks look at it together; a second Ctrl-C ends at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._agreeing = self._leaving = False
+        self._interrupts = 0
+        self._unsaid = threading.Lock()
 
-    def note(self, *numbers: signal.Signals) -> None:
-        """From now on these signals ask for a stop."""
-        for number in numbers:
+    def begin(self) -> None:
+        """To be called before the imports, which take seconds: a signal in them counts, too."""
+        end, numbers = os.pipe()
+        os.set_blocking(numbers, False)
+        signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a worker's signals are its own
+        threading.Thread(target=self._watch, args=(end,), name="signals", daemon=True).start()
+        signal.signal(signal.SIGUSR1, self._note)
+        signal.signal(signal.SIGTERM, self._leave)
+        signal.signal(signal.SIGINT, self._leave)
+
+    def agree(self) -> None:
+        """From now on the ranks agree on stopping, at a step's end."""
+        self._agreeing = True
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
+
+    def over(self) -> None:
+        """To be called last: a signal while the interpreter ends would change the exit status."""
+        self._agreeing = True
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, *_: object) -> None:
         self.requested = True
 
+    def _leave(self, *_: object) -> None:
+        if not self._leaving:
+            self._leaving = True
+            self._say_left()
+            raise SystemExit(STOPPED)
+
+    def _say_left(self) -> None:
+        if self._unsaid.acquire(blocking=False):  # once
+            _say("stopped on request before the first step; start again to go on")
+
+    def _watch(self, end: int) -> None:
+        """On a thread of its own: it notices signals while the main thread is in foreign code."""
+        while True:
+            number = os.read(end, 1)[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):  # every signal that has a handler comes by
+                continue
+            if not self._agreeing:
+                self._say_left()
+                time.sleep(PATIENCE)
+                os._exit(STOPPED)
+            if number == signal.SIGTERM:
+                continue
+            self._interrupts += 1
+            if self._interrupts > 1:
+                _say("interrupted again: it ends at once; steps since the last checkpoint are lost")
+                os._exit(AT_ONCE)
+            _say("interrupted: it saves after this step, and ends; a second Ctrl-C ends it at once")
+
 
 STOP = StopRequest()
 """This process's."""
+
+
+def _say(text: str) -> None:
+    """A line on the screen, of the first rank alone."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        os.write(2, f"{text}\n".encode())
 
 
 def ancestors() -> list[tuple[int, str]]:
@@ -71,12 +136,19 @@ def run_rank(main: Callable[..., None], first: bool) -> None:
     """Run a command so that of all ranks only the first tells a user's mistake."""
     from data_prep import cli  # not above: a trainer imports this module before all else, to note signals
 
+    try:
+        _run_rank(main, first, cli.run)
+    finally:
+        STOP.over()
+
+
+def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..., None]], None]) -> None:
     if first:
-        return cli.run(main)
+        return run(main)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            cli.run(main)
+            run(main)
     except SystemExit as end:
         if end.code == 2:
             # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
@@ -91,7 +163,7 @@ def run_to_end(command: Sequence[str], **options: Any) -> tuple[int, str]:
     """Run a program that rank 0 needs; gives its status, and what it said on a piped stderr.
 
     It inherits what is blocked here, so that a SIGUSR1 to the whole job, which asks the trainer to stop, does not kill
-    it.  options: Popen's.
+    it; it is ended when this process has noticed.  options: Popen's.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -99,7 +171,12 @@ def run_to_end(command: Sequence[str], **options: Any) -> tuple[int, str]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        _, said = child.communicate()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, said = child.communicate(timeout=0.5)
+                break
+            if STOP.requested:
+                child.terminate()
     except BaseException:
         child.kill()
         raise

@@ -14,11 +14,11 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline import status
-from pipeline.keeping.lease import Lease
+from pipeline.keeping.lease import Lease, this_process
 from pipeline.watching import heartbeat as module
 from pipeline.watching.activity import Activity
-from pipeline.watching.heartbeat import Beat, Heartbeat, Where, path_of, read_beat
-from pipeline.watching.watch import STOPPED
+from pipeline.watching.heartbeat import Beat, Heartbeat, Where, path_of, read_beat, stop_path
+from pipeline.watching.watch import STOPPED, StopRequest
 from tests.launch import ROOT
 from tests.pipeline.test_lease import becomes_true
 
@@ -66,6 +66,8 @@ def test_phases_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Mon
     assert last and (last.phase, last.where, last.checkpoint) == ("done", WHERE, "stage0-step000003")
     with Heartbeat(tmp_path, KEPT, 0, 2, activity):
         assert (beat := read_beat(tmp_path)) and beat.restarts == 1
+    with Heartbeat(tmp_path, KEPT, 0, 2, activity):
+        assert (beat := read_beat(tmp_path)) and beat.restarts == 1, "the one before trained no step"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_process_that_lives_and_does_not_get_on(tmp_path: Path, phase: str, he
     beat = replace(BEAT, phase=phase, seconds=715.0)
     said = f"{tmp_path}: {head}{phase} (forward) for 12 min; heartbeat 5 s ago"
     assert status.lines(tmp_path, beat, beat.time + 5)[0] == said
-    assert status.alive(beat, beat.time + 5) == (head == "alive: ")
+    assert status.verdict(beat, beat.time + 5) == head.lower().removesuffix(": ")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,47 @@ def test_exit_status(
     else:
         status.main(run=run)
     assert f"{run}: {said}" in capsys.readouterr().out
+
+
+def test_a_process_of_this_machine(tmp_path: Path) -> None:
+    """Dead as soon as it is gone, alive as long as it is there and beats."""
+    beat = replace(BEAT, process=this_process())
+    assert status.verdict(beat, BEAT.time + 5) == "alive" and status.verdict(beat, BEAT.time + 500) == "dead"
+    gone = replace(BEAT, process={**this_process(), "started": "0"})
+    assert status.verdict(gone, BEAT.time + 1) == "dead"
+    assert f"{tmp_path}: DEAD: the process has ended for 1 s" in status.lines(tmp_path, gone, BEAT.time + 1)[0]
+    elsewhere = replace(BEAT, process={**this_process(), "started": "0", "space": "pid:[7]"})
+    assert status.verdict(elsewhere, BEAT.time + 1) == "alive", "a container's process has another number here"
+
+
+def test_guards_are_told(tmp_path: Path) -> None:
+    """Of a run that counts them."""
+    where = SimpleNamespace(**asdict(WHERE), skipped=2, rollbacks=1)
+    lines = status.lines(tmp_path, replace(BEAT, where=where), BEAT.time)
+    assert "loss 0.2500, 2.00 steps/s, 2 s left in the stage, 3 bad samples, 2 skipped steps, 1 rollbacks" in lines
+
+
+def test_for_scripts(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        status.main(run=written(tmp_path, BEAT), json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert end.value.code == 1 and found["verdict"] == "dead" and found["age"] > 1000
+    assert (found["where"]["global_step"], found["job"]) == (13, "345")
+
+
+def test_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a file, once; a request to the start before is not this one's, and nobody else can be asked."""
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    asked = StopRequest()
+    monkeypatch.setattr(module, "STOP", asked)
+    stop_path(tmp_path).touch()
+    with Heartbeat(tmp_path, KEPT, 0, 1, Activity()):
+        assert not stop_path(tmp_path).exists() and not asked.requested
+        status.main(run=tmp_path, stop=True)
+        assert becomes_true(lambda: asked.requested) and not stop_path(tmp_path).exists()
+    with pytest.raises(UserError, match="cannot be asked to stop: done, 0 s ago"):
+        status.main(run=tmp_path, stop=True)
+    assert not stop_path(tmp_path).exists()
 
 
 def test_command(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
     monkeypatch.setattr(distributed, "from_main", lambda value: value)
     monkeypatch.setattr(distributed, "barrier", lambda: None)
-    monkeypatch.setattr(keep, "weights_of", lambda engine: SimpleNamespace(found=STATE.weights))
+    monkeypatch.setattr(module, "weights_of", lambda engine: SimpleNamespace(found=STATE.weights))
 
 
 @pytest.fixture
