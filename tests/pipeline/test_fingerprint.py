@@ -18,7 +18,7 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.distributed import World
 from pipeline.keeping import fingerprint
-from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
 from pipeline.keeping.fingerprint import Piece, check_loaded, check_ranks, checksum, parameter_pieces, weights_of
 from pipeline.keeping.keep import Keeper
 from tests.pipeline.test_plan import STATE
@@ -187,11 +187,14 @@ def test_a_load_that_went_wrong_is_refused(tmp_path: Path) -> None:
     def load(world: World) -> list[str]:
         engine = engine_of(2, torch.float32)
         state = replace(STATE, weights=weights_of(engine).found)
-        checkpoint = Checkpoints(tmp_path).save(engine, state, world, without_frozen=True)
+        checkpoint = Checkpoint(Checkpoints(tmp_path).path_of(state), state, checked=True)
+        folder, name = checkpoint.path.parent, checkpoint.path.name
+        engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
         model: Any = SimpleNamespace(lora=None, freeze_vision=True)
         plan: Any = SimpleNamespace(config=SimpleNamespace(model=model), out=tmp_path, fits=lambda start: True)
         log: Any = SimpleNamespace(info=lambda *words: None)
-        keeper = Keeper(plan, SimpleNamespace(engine=engine), world, None, log)  # type: ignore[arg-type]
+        lease: Any = SimpleNamespace(check=lambda: None, lost="")
+        keeper = Keeper(plan, SimpleNamespace(engine=engine), world, lease, log)  # type: ignore[arg-type]
         said = [refused(keeper.load, checkpoint)]
         with torch.no_grad():
             engine.module.a += 1  # which the load puts right
