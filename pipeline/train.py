@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -86,7 +87,7 @@ def main(
     recipes = recipe_paths(recipe) if recipe else [DEMO_RECIPE]
     config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
     plan = make_plan(config, ds, out, stages, resume, world.size)
-    lease = Lease(plan.out)
+    lease = Lease(plan.out, end=os._exit)
     exit_with_launcher()
     try:
         if world.main:
