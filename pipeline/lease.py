@@ -137,13 +137,13 @@ class Lease:
     # ---- keeping it --------------------------------------------------------------------------------------------
     def _keep(self) -> None:
         """Renew until released, or lost."""
-        while not self._stop.wait(RENEW):
+        while not self.lost and not self._stop.wait(RENEW):
             # a disk that fails for a moment takes the lease from nobody
             with self._writing, contextlib.suppress(OSError):
                 if not self._stop.is_set() and self._look():
                     self._write()
-            if self.lost:
-                return self._end()
+        if self.lost:
+            self._end()
 
     def _end(self) -> None:
         """The trainer's next look ends it.  If none comes, because it hangs, this does."""
