@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.attention import ATTENTION_NAME, KeptSegments
 from pipeline.latent.forward import LatentForward, Trace
 from pipeline.latent.method import LatentConfig, LatentMethod

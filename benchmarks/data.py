@@ -43,8 +43,8 @@ from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.order import EpochOrder
+from pipeline.data.loader import Share, StageSteps, steps_from
+from pipeline.data.order import EpochOrder
 from pipeline.prepare import check_patches
 from pipeline.prompt import PromptConfig, RowBuilder, open_image
 

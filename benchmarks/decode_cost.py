@@ -27,7 +27,7 @@ from benchmarks.step_cost import write_json
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import LatentConfig, LatentMethod
 

@@ -18,8 +18,8 @@ from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.loader import Share, StageSteps
-from pipeline.mixture import Index, Mixture
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.mixture import Index, Mixture
 from pipeline.prompt import PromptConfig, RowBuilder
 
 CURRICULUM = CurriculumConfig(stages=[StageConfig(latents=0, skip=0, epochs=1)])

@@ -37,7 +37,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.method import LatentConfig
 
 VARIANTS = {

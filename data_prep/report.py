@@ -26,8 +26,8 @@ from data_prep.reporting.measure import (
 from data_prep.reporting.page import page
 
 if TYPE_CHECKING:
-    from pipeline.preview import Preview
-    from pipeline.stage_measure import StageMeasure
+    from pipeline.data.preview import Preview
+    from pipeline.data.stage_measure import StageMeasure
 
 WASTE = 0.3
 """Share of padding above which a stage is worth a look."""
@@ -98,7 +98,9 @@ def make_report(
     preview: Preview | None = None
     train = folder.indexes.get("train")
     if recipes:
-        from pipeline.preview import open_preview  # the trainer's libraries, for those who want to know of training
+        from pipeline.data.preview import (
+            open_preview,  # the trainer's libraries, for those who want to know of training
+        )
 
         own = inspect.signature(main).parameters
         preview = open_preview(data, recipes, options, train, rows, own)

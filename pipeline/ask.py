@@ -17,10 +17,10 @@ from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
 from pipeline.evaluate import exports_of, generate_rows, read_sampling
 from pipeline.export import load_export
-from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
 from pipeline.prompt import LETTERS, PROMPTS, Grid, UnusableSample
 from pipeline.registry import load_plugin
+from pipeline.scoring.judges import strict_choice
 
 
 def main(

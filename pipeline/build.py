@@ -12,13 +12,13 @@ import torch
 from data_prep.errors import UserError
 from pipeline import distributed, prepare
 from pipeline.backbones import BACKBONES
-from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
+from pipeline.data.fitting import all_stages
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.mixture import Index, Mixture
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine
-from pipeline.fitting import all_stages
-from pipeline.loader import Share, StageSteps
-from pipeline.mixture import Index, Mixture
+from pipeline.keeping.checkpoint import Checkpoint
 from pipeline.plan import Plan, write_config
 from pipeline.prompt import RowBuilder
 from pipeline.registry import load_plugin

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
-from pipeline.activity import ACTIVITY
+from pipeline.watching.activity import ACTIVITY
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)

@@ -26,13 +26,13 @@ from data_prep.example import Example
 from data_prep.files import write_atomic
 from data_prep.reader import BadSample, ShardIndex, open_split
 from data_prep.storage import Location, location_of
-from pipeline.batch import collate
+from pipeline.data.batch import collate
 from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
-from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding, Generation, Sampling
 from pipeline.prompt import LETTERS, PROMPTS, UnusableSample
 from pipeline.registry import load_plugin
-from pipeline.report import Report, breakdown, breakdown_fields, write_reports
+from pipeline.scoring.judges import strict_choice
+from pipeline.scoring.report import Report, breakdown, breakdown_fields, write_reports
 
 
 def main(

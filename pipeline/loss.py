@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.batch import IGNORE
+from pipeline.data.batch import IGNORE
 
 CHUNK = 1024
 """Labelled columns whose logits exist at once (1024 x 152k in fp32 = 0.6 GB)."""

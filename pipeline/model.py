@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones import BACKBONES
-from pipeline.batch import Batch
 from pipeline.config import ModelConfig
+from pipeline.data.batch import Batch
 from pipeline.latent.decode import Decoding, Generation, generate
 from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.schedules import Schedule, latent_forward

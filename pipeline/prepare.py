@@ -35,11 +35,11 @@ from data_prep.storage import Location, location_of, shown
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, ModelConfig, RunConfig
-from pipeline.mixture import Index, Mixture, record_values
+from pipeline.data.mixture import Index, Mixture, record_values
 from pipeline.model import lora_scope
 from pipeline.prompt import Processor, PromptConfig
 from pipeline.user_files import load_json
-from pipeline.watch import run_to_end
+from pipeline.watching.watch import run_to_end
 
 READER_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.example import Example, InvalidExample, open_picture
-from pipeline.batch import Row, RowFormat
+from pipeline.data.batch import Row, RowFormat
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Grid = tuple[int, int, int]

@@ -23,12 +23,12 @@ from data_prep.errors import UserError
 from pipeline import evaluate
 from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
 from pipeline.export import FILE, ExportInfo
-from pipeline.judges import Benchmark, JudgeName
 from pipeline.prepare import data_folder, make_data
 from pipeline.released.files import file_hash, place_of
-from pipeline.report import Report, read_reports
 from pipeline.score import score_file
-from pipeline.stats import wilson_interval
+from pipeline.scoring.judges import Benchmark, JudgeName
+from pipeline.scoring.report import Report, read_reports
+from pipeline.scoring.stats import wilson_interval
 
 
 @dataclass(frozen=True)

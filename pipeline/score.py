@@ -1,7 +1,7 @@
 """Command: score a file of answers.  `python -m pipeline.score --benchmark m3cot --predictions FILE`
 
-`pipeline.judges` says what counts as an answer, `pipeline.answers` which files are read, `pipeline.tally` what is
-counted, `pipeline.stats` what the intervals and tests are.
+In `pipeline.scoring`, `judges` says what counts as an answer, `answers` which files are read, `tally` what is counted,
+`stats` what the intervals and tests are.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from data_prep.storage import Location
-from pipeline.answers import Notes, Question, read_gold, read_predictions
-from pipeline.judges import Benchmark, JudgeName
-from pipeline.report import breakdown
-from pipeline.stats import ChiSquare, Comparison, bootstrap_interval, compare
-from pipeline.tally import Scored, columns, domains, position_bias, score_one, topics
+from pipeline.scoring.answers import Notes, Question, read_gold, read_predictions
+from pipeline.scoring.judges import Benchmark, JudgeName
+from pipeline.scoring.report import breakdown
+from pipeline.scoring.stats import ChiSquare, Comparison, bootstrap_interval, compare
+from pipeline.scoring.tally import Scored, columns, domains, position_bias, score_one, topics
 
 
 def main(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data_prep import cli
 from data_prep.errors import UserError
-from pipeline.activity import SHORT
-from pipeline.heartbeat import Beat, newest_checkpoint, path_of, read_beat
+from pipeline.watching.activity import SHORT
+from pipeline.watching.heartbeat import Beat, newest_checkpoint, path_of, read_beat
 
 STALE = 120.0
 """Seconds without a beat until a run counts as dead: twelve beats, for slow disks."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import parse_json
-from pipeline.report import read_reports
+from pipeline.scoring.report import read_reports
 
 
 def main(*, run: Path, split: str = "test") -> None:

@@ -18,7 +18,7 @@ from typing import Literal, NoReturn
 if not __package__:  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.watch import STOP, STOPPED, exit_with_launcher, run_rank
+from pipeline.watching.watch import STOP, STOPPED, exit_with_launcher, run_rank
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal in them is remembered too
     STOP.note(signal.SIGUSR1)
@@ -28,17 +28,22 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline import distributed
-from pipeline.activity import ACTIVITY
-from pipeline.batch import Batch
 from pipeline.build import build_parts, make_missing
 from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Share, StageSteps, steps_from
+from pipeline.data.workers import lost_workers_told
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, loss_scale, reset_optimizer, set_hyperparameters
-from pipeline.heartbeat import Heartbeat, Where
-from pipeline.keep import Keeper, full_disk_told
-from pipeline.lease import Lease
-from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.monitor import (
+from pipeline.keeping.keep import Keeper, full_disk_told
+from pipeline.keeping.lease import Lease
+from pipeline.keeping.resume import from_sound
+from pipeline.plan import Plan, make_plan
+from pipeline.prompt import PROMPTS
+from pipeline.validate import ValidationSet, validate
+from pipeline.watching.activity import ACTIVITY
+from pipeline.watching.heartbeat import Heartbeat, Where
+from pipeline.watching.monitor import (
     Monitor,
     Progress,
     Sparing,
@@ -48,12 +53,7 @@ from pipeline.monitor import (
     memory_gb,
     step_scalars,
 )
-from pipeline.plan import Plan, make_plan
-from pipeline.prompt import PROMPTS
-from pipeline.resume import from_sound
-from pipeline.validate import ValidationSet, validate
-from pipeline.watchdog import Watchdog
-from pipeline.workers import lost_workers_told
+from pipeline.watching.watchdog import Watchdog
 
 
 def main(

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from data_prep.example import Example
-from pipeline.activity import ACTIVITY
-from pipeline.batch import Batch, collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
+from pipeline.data.batch import Batch, collate
+from pipeline.data.loader import Share, training_row
+from pipeline.data.mixture import Index, members_of
+from pipeline.data.order import EMPTY, EpochOrder, rank_share
 from pipeline.distributed import total
-from pipeline.judges import strict_choice
 from pipeline.latent.decode import Decoding
-from pipeline.loader import Share, training_row
-from pipeline.mixture import Index, members_of
-from pipeline.order import EMPTY, EpochOrder, rank_share
 from pipeline.prompt import RowBuilder
+from pipeline.scoring.judges import strict_choice
+from pipeline.watching.activity import ACTIVITY
 
 SUBSET_SEED = 1
 """Seed of the subset: fixed, so that every run of a data folder validates on the same rows."""

@@ -13,7 +13,7 @@
 # Variables, see slurm/README.md:
 # RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS IVTLR_ROOT
 set -euo pipefail
-STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watch.py)
+STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watching/watch.py)
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

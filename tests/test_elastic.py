@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.reader import open_split
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
-from pipeline.loader import Share, StageSteps
+from pipeline.data.loader import Share, StageSteps
+from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.prompt import RowBuilder
 from tests.launch import TINY, losses, train
 

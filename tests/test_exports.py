@@ -13,11 +13,11 @@ from data_prep.files import parse_json
 from data_prep.index import read_manifest
 from pipeline import evaluate
 from pipeline.backbones import BACKBONES
-from pipeline.checkpoint import Checkpoints
 from pipeline.evaluate import exports_of
 from pipeline.export import FILE, ExportInfo, load_export
+from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.prepare import base_hash
-from pipeline.report import read_reports
+from pipeline.scoring.report import read_reports
 from pipeline.summary import lines
 from pipeline.user_files import load_json
 from tests.launch import train

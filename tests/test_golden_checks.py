@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Row
+from pipeline.data.batch import Row
 from tests import test_reference_parity as parity
 from tests.pipeline.naive import NaiveRow
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
-from pipeline.batch import collate
 from pipeline.config import load_config
+from pipeline.data.batch import collate
+from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens
 from pipeline.export import load_export
 from pipeline.latent.decode import Decoding
 from pipeline.latent.parts import WEIGHTINGS
 from pipeline.latent.select import select_patches
-from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel
 from pipeline.prompt import LATENT_TOKEN, MARKERS, RowBuilder
 from tests import launch

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Row, RowFormat, collate
+from pipeline.data.batch import Row, RowFormat, collate
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward

@@ -20,20 +20,20 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from data_prep.errors import UserError
 from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
-from pipeline.batch import collate
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
+from pipeline.data.batch import collate
+from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens, learning_rate
 from pipeline.export import load_export
-from pipeline.heartbeat import read_beat
+from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.lease import Lease
 from pipeline.latent.decode import Decoding
-from pipeline.lease import Lease
-from pipeline.loader import Share, StageSteps
 from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash
 from pipeline.prompt import LATENT_TOKEN, RowBuilder
-from pipeline.watchdog import HUNG
+from pipeline.watching.heartbeat import read_beat
+from pipeline.watching.watchdog import HUNG
 from tests import launch
 from tests.launch import TINY, losses, train, try_train
 

@@ -12,7 +12,7 @@ from data_prep.reporting.measure import ODD, Counts, SplitMeasure, mean, quantil
 
 if TYPE_CHECKING:
     from data_prep.report import Report
-    from pipeline.stage_measure import StageMeasure
+    from pipeline.data.stage_measure import StageMeasure
 
 MOST_VALUES = 12
 """Values of a breakdown field that have a bar; the others are added up."""

@@ -17,8 +17,8 @@ from data_prep.reporting.html import isolated, table, text
 from data_prep.steps import SEPARATOR, merge_steps, split_steps
 
 if TYPE_CHECKING:
-    from pipeline.preview import Preview
-    from pipeline.stage_measure import Seen
+    from pipeline.data.preview import Preview
+    from pipeline.data.stage_measure import Seen
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIDE = 320

@@ -31,7 +31,7 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.backbones.weights import load_whole
-from pipeline.batch import Batch, RowFormat
+from pipeline.data.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
 from pipeline.prompt import Grid, Layout, PromptConfig

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.backbones.weights import load_whole
-from pipeline.batch import Batch, RowFormat
+from pipeline.data.batch import Batch, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME, Pass
 from pipeline.loss import LabelHead
 from pipeline.prompt import Layout, PromptConfig

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.attention import CachedSegments
 from pipeline.latent.forward import LatentForward, Replay
 from pipeline.latent.method import Backbone, LatentMethod, LatentStep

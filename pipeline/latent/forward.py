@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.attention import KeptSegments, Pass, segment_mask
 from pipeline.latent.method import Backbone, LatentMethod, LatentStep
 from pipeline.latent.parts import Reading

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.attention import Pass
 from pipeline.latent.parts import AUXILIARIES, FEEDBACKS, WEIGHTINGS, Reading, expect
 from pipeline.latent.select import SELECTIONS

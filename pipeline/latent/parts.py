@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.registry import Registry, described, expect_call, expect_subclass
 
 if TYPE_CHECKING:

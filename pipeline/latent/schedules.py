@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.latent.attention import CachedSegments, Pass
 from pipeline.latent.forward import LatentForward, Replay, Trace, last_real
 from pipeline.latent.method import Backbone, LatentMethod

@@ -25,9 +25,9 @@ from data_prep.shard import build
 from data_prep.sources import open_source
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
-from pipeline.batch import collate
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.loader import training_row
+from pipeline.data.batch import collate
+from pipeline.data.loader import training_row
 from pipeline.prompt import PromptConfig, RowBuilder
 from tests.fuzz import kinds, listed
 from tests.fuzz.kinds import PICTURE, Case, question

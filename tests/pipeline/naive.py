@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.batch import Row
+from pipeline.data.batch import Row
 from pipeline.latent.method import LatentConfig
 from tests.pipeline.tiny import family_of
 

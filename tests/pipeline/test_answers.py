@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep import cli, shard
 from data_prep.errors import UserError
-from pipeline.answers import Notes, Prediction, Question, read_gold, read_predictions
+from pipeline.scoring.answers import Notes, Prediction, Question, read_gold, read_predictions
 from tests.pipeline.examples import picture
 from tests.server import serving
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batch import IGNORE, Row, RowFormat, collate, masked_row
+from pipeline.data.batch import IGNORE, Row, RowFormat, collate, masked_row
 
 FORMAT = RowFormat(pad_id=9, image_token_id=6, blank_shape=(4, 3), blank_grid=(1, 2, 2), merge=2)
 

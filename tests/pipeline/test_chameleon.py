@@ -18,8 +18,8 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from data_prep.errors import UserError
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.chameleon import Chameleon, ImageTokenProcessor, image_token
-from pipeline.batch import Row, collate
 from pipeline.config import ScratchConfig, load_config
+from pipeline.data.batch import Row, collate
 from pipeline.engine import add_tokens
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import LatentConfig, LatentMethod

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import distributed
-from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.data.order import DataState
 from pipeline.distributed import World
-from pipeline.keep import Keeper, full_disk_told
-from pipeline.order import DataState
+from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
+from pipeline.keeping.keep import Keeper, full_disk_told
 from tests.pipeline.test_plan import STATE, run_folder, settings, write_checkpoint
 
 

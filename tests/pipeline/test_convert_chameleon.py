@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 from data_prep.errors import UserError
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.chameleon import Chameleon
-from pipeline.batch import collate
 from pipeline.config import ROOT, ScratchConfig, load_config
 from pipeline.convert import main
+from pipeline.data.batch import collate
 from pipeline.export import ExportInfo, load_export
 from pipeline.latent.attention import ATTENTION_NAME
 from pipeline.latent.method import LatentMethod

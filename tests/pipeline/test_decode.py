@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from pipeline.batch import Row, collate, masked_row
 from pipeline.config import LoraConfig, ModelConfig
+from pipeline.data.batch import Row, collate, masked_row
 from pipeline.latent.decode import CachedSegments, Decoding, Generation, Sampling, generate
 from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import add_lora

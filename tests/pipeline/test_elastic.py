@@ -12,12 +12,13 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
-from pipeline import distributed, elastic
+from pipeline import distributed
 from pipeline import train as training
-from pipeline.checkpoint import Checkpoint, refuse_damaged
+from pipeline.data.order import rank_share
 from pipeline.distributed import World
 from pipeline.engine import set_hyperparameters
-from pipeline.order import rank_share
+from pipeline.keeping import elastic
+from pipeline.keeping.checkpoint import Checkpoint, refuse_damaged
 from tests.pipeline.test_plan import STATE, settings, write_checkpoint
 
 LOG: Any = SimpleNamespace(info=print)

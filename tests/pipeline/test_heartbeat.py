@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from data_prep.errors import UserError
-from pipeline import heartbeat as module
 from pipeline import status
-from pipeline.activity import Activity
-from pipeline.heartbeat import Beat, Heartbeat, Where, path_of, read_beat
-from pipeline.watch import STOPPED
+from pipeline.watching import heartbeat as module
+from pipeline.watching.activity import Activity
+from pipeline.watching.heartbeat import Beat, Heartbeat, Where, path_of, read_beat
+from pipeline.watching.watch import STOPPED
 from tests.launch import ROOT
 from tests.pipeline.test_lease import becomes_true
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.judges import judge_of, m3cot_choice, scienceqa_choice, strict_choice
 from pipeline.prompt import LETTERS
+from pipeline.scoring.judges import judge_of, m3cot_choice, scienceqa_choice, strict_choice
 
 FRUIT = ("a fig", "a pear", "Plum", "a red plum")
 

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pipeline.batch import Row, collate, masked_row
+from pipeline.data.batch import Row, collate, masked_row
 from pipeline.latent.attention import ATTENTION_NAME
 from pipeline.latent.forward import Trace
 from pipeline.latent.method import LatentConfig, LatentMethod

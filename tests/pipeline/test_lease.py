@@ -15,8 +15,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline import lease as module
-from pipeline.lease import STALE, Lease
+from pipeline.keeping import lease as module
+from pipeline.keeping.lease import STALE, Lease
 
 
 @pytest.fixture

@@ -26,13 +26,13 @@ from data_prep.reader import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
-from pipeline.batch import Batch, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, view
-from pipeline.loader import Share, StageSteps, steps_from, training_row
-from pipeline.matching import _Matches, matching
-from pipeline.order import EpochOrder
+from pipeline.data.batch import Batch, collate, masked_row
+from pipeline.data.loader import Share, StageSteps, steps_from, training_row
+from pipeline.data.matching import _Matches, matching
+from pipeline.data.order import EpochOrder
+from pipeline.data.workers import _outlast_signals, loaded, lost_workers_told
 from pipeline.prompt import PromptConfig, RowBuilder
-from pipeline.workers import _outlast_signals, loaded, lost_workers_told
 from tests.pipeline.examples import make_example, picture
 from tests.server import dropped, serving
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import loss
-from pipeline.batch import IGNORE
+from pipeline.data.batch import IGNORE
 from pipeline.loss import LabelHead, token_nll
 
 ROWS, COLUMNS, HIDDEN, VOCABULARY = 3, 9, 16, 50

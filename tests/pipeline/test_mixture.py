@@ -18,15 +18,15 @@ from data_prep.reader import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline import distributed
-from pipeline import matching as matching_module
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
 from pipeline.config import RunConfig, load_config
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.fitting import all_stages
-from pipeline.loader import Share, StageSteps, steps_from
-from pipeline.matching import matching
-from pipeline.mixture import Mixture
-from pipeline.order import EpochOrder
+from pipeline.data import matching as matching_module
+from pipeline.data.fitting import all_stages
+from pipeline.data.loader import Share, StageSteps, steps_from
+from pipeline.data.matching import matching
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import EpochOrder
 from pipeline.prepare import check_data, check_patches, spread
 from pipeline.prompt import PromptConfig, RowBuilder
 from pipeline.validate import subset

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.index import RECORD
 from pipeline.curriculum import CurriculumConfig, StageConfig
-from pipeline.loader import Share, StageSteps
-from pipeline.mixture import Mixture
-from pipeline.order import BLOCK, EMPTY, BatchOrder, DataState, EpochOrder, Stream, Turns, rank_share
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import BLOCK, EMPTY, BatchOrder, DataState, EpochOrder, Stream, Turns, rank_share
 
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=40)
 SIZES = [7, 3, 0, 12, 5] * 8

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline.batch import Row, collate
 from pipeline.config import load_config
+from pipeline.data.batch import Row, collate
 from pipeline.export import PARTS as PARTS_FILE
 from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.checkpoint import Checkpoints, RunState
 from pipeline.config import RunConfig, load_config
 from pipeline.ds_config import Triangle
+from pipeline.keeping.checkpoint import Checkpoints, RunState
 from pipeline.plan import (
     check_same_run,
     check_split,

@@ -12,8 +12,8 @@ from data_prep.example import Example
 from data_prep.reader import open_split
 from data_prep.report import findings, make_report, summary
 from data_prep.reporting.page import page
-from pipeline.loader import Share, StageSteps
-from pipeline.preview import OncePrompted, Preview, open_preview
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.preview import OncePrompted, Preview, open_preview
 from pipeline.prompt import RowBuilder
 from tests.launch import TINY
 from tests.pipeline.examples import make_example

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.example import Example
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
-from pipeline.batch import Row, collate
+from pipeline.data.batch import Row, collate
 from pipeline.prompt import (
     MARKERS,
     PromptConfig,

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import engine, registry
-from pipeline.batch import collate
 from pipeline.build import method_line
 from pipeline.config import ROOT, load_config
 from pipeline.curriculum import COUNTS
+from pipeline.data.batch import collate
 from pipeline.ds_config import Triangle, load_ds_config
 from pipeline.export import ExportInfo, check_plugin
 from pipeline.latent.method import REGISTRIES, LatentConfig, LatentMethod

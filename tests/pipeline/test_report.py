@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.report import MOST_GROUPS, Report, breakdown, breakdown_fields, read_reports, write_reports
-from pipeline.stats import wilson_interval
+from pipeline.scoring.report import MOST_GROUPS, Report, breakdown, breakdown_fields, read_reports, write_reports
+from pipeline.scoring.stats import wilson_interval
 
 
 def test_breakdown_counts_every_row_once() -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline import distributed
-from pipeline.checkpoint import Checkpoints
 from pipeline.distributed import World
 from pipeline.ds_config import Triangle
+from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.resume import from_sound
 from pipeline.plan import Plan, done_marker, where_to_start
-from pipeline.resume import from_sound
 from tests.pipeline.test_checkpoint import manifest_of
 from tests.pipeline.test_plan import STATE, settings, write_checkpoint
 

@@ -12,8 +12,8 @@ import pytest
 
 from data_prep import cli
 from pipeline import score
-from pipeline.answers import Question
-from pipeline.tally import Scored, columns, position_bias
+from pipeline.scoring.answers import Question
+from pipeline.scoring.tally import Scored, columns, position_bias
 from tests import launch
 
 CHOICES = ["a fig", "a pear", "a plum"]

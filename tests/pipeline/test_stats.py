@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.stats import bootstrap_interval, compare, fit, homogeneity, mcnemar_exact, wilson_interval
+from pipeline.scoring.stats import bootstrap_interval, compare, fit, homogeneity, mcnemar_exact, wilson_interval
 
 
 @pytest.mark.parametrize(

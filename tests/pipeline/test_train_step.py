@@ -15,11 +15,11 @@ from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline import train as module
 from pipeline import validate as validation
-from pipeline.batch import Batch, Row, collate, masked_row
+from pipeline.data.batch import Batch, Row, collate, masked_row
 from pipeline.ds_config import Triangle
-from pipeline.monitor import Monitor, Sparing, Stopwatch
 from pipeline.summary import stage_losses
 from pipeline.train import Run
+from pipeline.watching.monitor import Monitor, Sparing, Stopwatch
 from tests.pipeline.test_plan import settings
 from tests.pipeline.tiny import FORMAT
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import watchdog as module
-from pipeline.activity import Activity
-from pipeline.heartbeat import Heartbeat, read_beat
-from pipeline.watchdog import HUNG, Watchdog
+from pipeline.watching import watchdog as module
+from pipeline.watching.activity import Activity
+from pipeline.watching.heartbeat import Heartbeat, read_beat
+from pipeline.watching.watchdog import HUNG, Watchdog
 
 
 class Clock:

@@ -15,7 +15,7 @@ from pipeline.backbones.chameleon import Chameleon, image_token
 from pipeline.backbones.qwen import QwenVL
 from pipeline.backbones.qwen2_5_vl import Qwen25VL
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.batch import Batch, Row, RowFormat
+from pipeline.data.batch import Batch, Row, RowFormat
 from pipeline.latent.attention import ATTENTION_NAME
 
 PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_WORD, VOCABULARY = 0, 1, 4, 5, 6, 7, 10, 96

@@ -21,12 +21,13 @@ from data_prep.reporting.measure import spread
 from data_prep.steps import merge_steps, split_steps
 from data_prep.tokenizer import train_tokenizer, training_texts
 from pipeline.backbones import BACKBONES
-from pipeline.batch import Row
 from pipeline.config import RunConfig, load_config
 from pipeline.curriculum import stage_of_row, view
+from pipeline.data.batch import Row
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.order import EMPTY, rank_share
+from pipeline.data.stage_measure import Padding, Seen, StageMeasure
 from pipeline.latent.parts import FEEDBACKS
-from pipeline.loader import Share, StageSteps
-from pipeline.order import EMPTY, rank_share
 from pipeline.prepare import READER_FILES, in_a_line
 from pipeline.prompt import (
     LETTERS,
@@ -38,7 +39,6 @@ from pipeline.prompt import (
     answer_label,
     check_num_patches,
 )
-from pipeline.stage_measure import Padding, Seen, StageMeasure
 
 
 class OncePrompted(RowBuilder):

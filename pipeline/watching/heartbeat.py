@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline.activity import ACTIVITY, Activity, Doing
-from pipeline.lease import Lease
-from pipeline.watch import STOPPED
+from pipeline.keeping.lease import Lease
+from pipeline.watching.activity import ACTIVITY, Activity, Doing
+from pipeline.watching.watch import STOPPED
 
 EVERY, LOOK = 10.0, 1.0
 """Seconds between beats, and until a new phase is written."""

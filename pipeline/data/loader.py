@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from data_prep.errors import UserError
 from data_prep.reader import BadSample
-from pipeline.batch import Batch, Row, collate, masked_row
 from pipeline.curriculum import CurriculumConfig, StageConfig, stage_of_row, view
-from pipeline.matching import matching, read_sound
-from pipeline.mixture import Index, members_of, record_values
-from pipeline.order import EMPTY, BatchOrder, DataState, Stream, rank_share
+from pipeline.data.batch import Batch, Row, collate, masked_row
+from pipeline.data.matching import matching, read_sound
+from pipeline.data.mixture import Index, members_of, record_values
+from pipeline.data.order import EMPTY, BatchOrder, DataState, Stream, rank_share
+from pipeline.data.workers import loaded
 from pipeline.prompt import OverlongSample, RowBuilder, UnusableSample
-from pipeline.workers import loaded
 
 
 @dataclass(frozen=True)

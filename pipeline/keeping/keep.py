@@ -11,15 +11,16 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
-from pipeline import distributed, elastic
-from pipeline.activity import ACTIVITY
+from pipeline import distributed
 from pipeline.build import Parts, without_frozen
-from pipeline.checkpoint import Checkpoint, Checkpoints, RunState
 from pipeline.distributed import World
 from pipeline.engine import gathered_weights
 from pipeline.export import write_export
-from pipeline.lease import Lease
+from pipeline.keeping import elastic
+from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState
+from pipeline.keeping.lease import Lease
 from pipeline.plan import Plan, done_marker, settings_hash
+from pipeline.watching.activity import ACTIVITY
 
 
 class Keeper:

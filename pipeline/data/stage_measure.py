@@ -1,4 +1,4 @@
-"""What `pipeline.preview` counts: a sample as a stage shows it, and a stage's sequences."""
+"""What `pipeline.data.preview` counts: a sample as a stage shows it, and a stage's sequences."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.files import write_atomic
-from pipeline.activity import ACTIVITY
+from pipeline.watching.activity import ACTIVITY
 
 LAYOUT = {
     "training": {

@@ -20,9 +20,9 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline import distributed
 from pipeline.curriculum import CurriculumConfig
-from pipeline.loader import Share, StageSteps
-from pipeline.matching import Where, matching
-from pipeline.mixture import Index, members_of
+from pipeline.data.loader import Share, StageSteps
+from pipeline.data.matching import Where, matching
+from pipeline.data.mixture import Index, members_of
 from pipeline.prompt import RowBuilder
 
 

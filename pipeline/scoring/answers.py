@@ -27,8 +27,8 @@ from data_prep.example import Example
 from data_prep.files import parse_json
 from data_prep.reader import BadSample, open_split
 from data_prep.storage import Location
-from pipeline.judges import Style
 from pipeline.prompt import LETTERS
+from pipeline.scoring.judges import Style
 
 _NAMED = 5
 """Places that a note names; the others are counted."""

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from data_prep.example import Example, InvalidExample
 from data_prep.reader import BadSample
 from pipeline import distributed
-from pipeline.mixture import Index
-from pipeline.workers import loaded
+from pipeline.data.mixture import Index
+from pipeline.data.workers import loaded
 
 Where = Mapping[str, Collection[str]]
 """Breakdown fields -> the values that are wanted"""

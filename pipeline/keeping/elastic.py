@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import distributed
-from pipeline.checkpoint import Checkpoint, complete, refuse_damaged
 from pipeline.distributed import World
 from pipeline.engine import reset_optimizer
-from pipeline.watch import run_to_end
+from pipeline.keeping.checkpoint import Checkpoint, complete, refuse_damaged
+from pipeline.watching.watch import run_to_end
 
 REST = "rest.safetensors"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomic
-from pipeline.stats import wilson_interval
+from pipeline.scoring.stats import wilson_interval
 
 MOST_GROUPS = 32
 """A breakdown field of more values than this (an image's id, a skill) is no breakdown."""

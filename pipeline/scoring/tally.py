@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.answers import Prediction, Question
-from pipeline.judges import Benchmark, JudgeName, judge_of
 from pipeline.prompt import LETTERS
-from pipeline.report import breakdown
-from pipeline.stats import ChiSquare, fit, homogeneity
+from pipeline.scoring.answers import Prediction, Question
+from pipeline.scoring.judges import Benchmark, JudgeName, judge_of
+from pipeline.scoring.report import breakdown
+from pipeline.scoring.stats import ChiSquare, fit, homogeneity
 
 Counts = dict[str, tuple[int, int]]
 """group -> (right, questions)"""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from pipeline import distributed
-from pipeline.checkpoint import Checkpoint, Checkpoints, damaged_file
 from pipeline.distributed import World
+from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, damaged_file
 from pipeline.plan import Plan
 
 

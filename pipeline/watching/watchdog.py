@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from pipeline.activity import ACTIVITY, SHORT, Activity, Doing
-from pipeline.heartbeat import Heartbeat
+from pipeline.watching.activity import ACTIVITY, SHORT, Activity, Doing
+from pipeline.watching.heartbeat import Heartbeat
 
 HUNG = 70
 """Exit status of a rank that hung (EX_SOFTWARE)."""

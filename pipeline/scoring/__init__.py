@@ -1,0 +1,1 @@
+"""Judging answers: which are right, and what the counts mean."""
