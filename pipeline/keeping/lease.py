@@ -97,7 +97,7 @@ class Lease:
     def _take(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         holder = self._read()
-        grave = self.path.with_name(f"lease.{self._identity['id']}.old")
+        grave = self.path.with_name(f"lease.{os.urandom(8).hex()}.old")
         if holder is not None:
             if not (holder.get("released") or _is_gone(holder) or self._left_empty(holder)):
                 return False
@@ -109,7 +109,7 @@ class Lease:
             if _id(self._read(grave)) != _id(holder):  # somebody was quicker, and this is its lease: put it back
                 with contextlib.suppress(OSError):
                     os.link(grave, self.path)
-                grave.unlink()
+                grave.unlink(missing_ok=True)
                 return False
         # a taker that was killed between moving and creating left the number in what it had moved
         graves = list(self.path.parent.glob("lease.*.old"))
