@@ -109,23 +109,23 @@ class Lease:
             if _id(self._read(grave)) != _id(holder):  # somebody was quicker, and this is its lease: put it back
                 with contextlib.suppress(OSError):
                     os.link(grave, self.path)
-                grave.unlink(missing_ok=True)
+                    grave.unlink()
                 return False
-        # a taker that was killed between moving and creating left the number in what it had moved
-        graves = list(self.path.parent.glob("lease.*.old"))
-        token = 1 + max(((self._read(path) or {}).get("token", 0) for path in graves), default=0)
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        self._file, self.token = file, token
+        # the number is in what was moved away, by this taker or by one that was killed before it had created its own
+        graves = {path: (self._read(path) or {}).get("token", 0) for path in self.path.parent.glob("lease.*.old")}
+        self.token = 1 + max(graves.values(), default=0)
         try:
             self._write()
         except OSError:
             self.path.unlink()
             raise
-        for path in graves:
-            path.unlink(missing_ok=True)
+        for path, token in graves.items():
+            if token:  # one that says nothing yet may be that of a taker that has just been moved away
+                path.unlink(missing_ok=True)
         return True
 
     def _left_empty(self, holder: dict[str, Any]) -> bool:
