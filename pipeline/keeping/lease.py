@@ -115,8 +115,7 @@ class Lease:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        # the number is in what was moved away, by this taker or by one that was killed before it had created its own
-        graves = {path: (self._read(path) or {}).get("token", 0) for path in self.path.parent.glob("lease.*.old")}
+        graves = self._graves()
         self.token = 1 + max(graves.values(), default=0)
         try:
             self._write()
@@ -124,9 +123,16 @@ class Lease:
             self.path.unlink()
             raise
         for path, token in graves.items():
-            if token:  # one that says nothing yet may be that of a taker that has just been moved away
+            if token or path == grave:  # another that says nothing yet may be a taker's that was just moved away
                 path.unlink(missing_ok=True)
         return True
+
+    def _graves(self) -> dict[Path, int]:
+        """Leases that were moved away, by this taker or by one that was killed before it had its own; their numbers."""
+        while True:
+            graves = {path: self._read(path) for path in self.path.parent.glob("lease.*.old")}
+            if None not in graves.values():  # else somebody who has counted it has just removed it: look at his
+                return {path: (found or {}).get("token", 0) for path, found in graves.items()}
 
     def _left_empty(self, holder: dict[str, Any]) -> bool:
         """Whether the lease is unreadable and has been for long: its writer was killed while writing."""
