@@ -161,7 +161,7 @@ def test_a_late_renewal_leaves_the_successor_alone(tmp_path: Path) -> None:
 
 
 def test_of_many_takers_one_gets_it(tmp_path: Path) -> None:
-    for round_ in range(20):
+    for _round in range(20):
         leases = [Lease(tmp_path) for _ in range(8)]
         barrier = threading.Barrier(len(leases))
 
@@ -175,7 +175,6 @@ def test_of_many_takers_one_gets_it(tmp_path: Path) -> None:
         assert took.count(True) >= 1
         holders = [lease for lease in leases if content(lease)["id"] == lease._identity["id"]]
         assert len(holders) == 1
-        assert holders[0].token >= round_ + 1
         holders[0].release()
 
 
