@@ -25,7 +25,7 @@ STEPS, EVERY, FAULT_AT = 24, 4, 9
 """Length of the stage, steps between checkpoints, and the step after which a fault comes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """The stage's training in a Slurm job."""
 
@@ -39,15 +39,21 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def options(self) -> list[str]:
+        """Of pipeline/train.py, without blanks."""
         stages = json.dumps([{"latents": 0, "skip": 0, "steps": self.steps}], separators=(",", ":"))
+        settings = {"curriculum.stages": stages, "train.checkpoint_every": EVERY, "train.val_samples": 0}
+        settings |= {"data.workers": 0, "train.export": "none"}
+        return [f"--{name}={value}" for name, value in settings.items()]
+
+    @property
+    def environment(self) -> dict[str, str]:
         return {
             "PYTHON": sys.executable,
             "RECIPE": "tests/tiny.yaml",
             "OUT": str(self.out),
             "DATA": str(self.data),
-            "EXTRA": f"--curriculum.stages {stages} --train.checkpoint_every {EVERY} --train.val_samples 0"
-            " --data.workers 0 --train.export none",
+            "EXTRA": " ".join(self.options),
             "TASKS_PER_NODE": str(self.tasks),
             "OMP_NUM_THREADS": "1",
             **self.env,

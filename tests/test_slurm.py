@@ -36,6 +36,17 @@ import json, os, pathlib, signal, socket, sys, time
 env = dict(os.environ)
 option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
+if program == "slurm/health.py":
+    if sys.argv[2] == "judge":
+        os.execv("{python}", ["{python}", "-IS", *sys.argv[1:]])
+    folder, host = pathlib.Path(sys.argv[4]), socket.gethostname()
+    (folder / host).write_text(sys.argv[6])
+    unfit = env.get("UNFIT", "").partition(" ")
+    problems = [unfit[2]] if unfit[0] in (host, "all") else []
+    if problems == ["silent"]:
+        time.sleep(60)
+    print(json.dumps({{"node": host, "time": time.time(), "problems": problems}}))
+    sys.exit(0)
 if program != "pipeline/train.py":
     if program == "slurm/recipe.py" and option.get("--make") is None:
         print("stages=5")
@@ -301,6 +312,39 @@ def test_other_endings_are_not_tried_again(project: Project) -> None:
     job, log = project.run("--no-requeue", "slurm/stage0.sbatch", STAND_IN="exit 75", TASKS_PER_NODE="1")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
     assert log.splitlines()[-1] == "stage 0: stopped on request; submit it again to go on"
+
+
+# ---- nodes that are not fit ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [("/tmp: 3 MB free, less than 512", "/tmp: 3 MB free, less than 512"), ("silent", "did not answer within 3 s")],
+)
+def test_a_node_that_is_not_fit_is_left_out(project: Project, problem: str, told: str) -> None:
+    shape = ("--nodes=1", "slurm/stage0.sbatch")
+    job, log = project.run(*shape, TASKS_PER_NODE="1", HEALTH_CHECK="3", UNFIT=f"node1 {problem}")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert (job["NodeList"], job["ExcNodeList"]) == ("node2", "node1")
+    assert f"node node1 is not fit: {told}" in log.splitlines()
+    out = project.root / "runs" / "demo"
+    assert "node1 not fit for training (see runs/demo/bad_nodes); queued again, to go on from its beginning" in log
+    (line,) = (out / "bad_nodes").read_text().splitlines()
+    assert line.split("\t")[1:] == [f"job {job['JobId']}", "node1", told]
+    assert sorted(path.name for path in out.glob("slurm*")) == ["slurm_restarts"]
+
+
+def test_nodes_of_which_none_is_fit_end_the_job(project: Project) -> None:
+    job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
+    assert log.count("is not fit: packages: no torch") == 2
+    assert log.splitlines()[-1].startswith("error: stage 0: no node is fit for training, so others would not help; ")
+    job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch", HEALTH_CHECK="0")
+    assert job["JobState"] == "COMPLETED", log
+
+
+def test_a_job_that_may_not_be_queued_again_names_the_node(project: Project) -> None:
+    job, log = project.run("--no-requeue", "slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="node2 GPU: wrong")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+    assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
 
 
 # ---- a whole run -------------------------------------------------------------------------------------------

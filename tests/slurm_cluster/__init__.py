@@ -65,7 +65,7 @@ KillWait=2
 ReturnToService=1
 SlurmdTimeout=5
 MessageTimeout=5
-TCPTimeout=2
+TCPTimeout=1
 NodeName=node[1-{nodes}] NodeAddr=10.213.0.[1-{nodes}] CPUs={cpus} RealMemory=500000 Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
