@@ -12,7 +12,8 @@
 # that dies ends the others and the job, every line of the log tells its rank, and nodes need no ssh.
 #
 # Variables, see slurm/README.md:
-# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS HEALTH_CHECK IVTLR_ROOT
+# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS HEALTH_CHECK LOCAL_DATA
+# IVTLR_ROOT
 set -euo pipefail
 STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watching/watch.py)
 
@@ -49,8 +50,14 @@ unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide 
 
 read -r -a extra <<<"${EXTRA:-}"
 read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+if [[ -n ${LOCAL_DATA:-} ]]; then
+  [[ $LOCAL_DATA == /* && -n ${DATA:-} ]] || fail "LOCAL_DATA needs a whole path, and DATA, the shard folder to copy"
+  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")
+else
+  data=${DATA:-}
+fi
 options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
-[[ -z ${DATA:-} ]] || options+=(--data "$DATA")
+[[ -z $data ]] || options+=(--data "$data")
 
 # ---- restarts ----------------------------------------------------------------------------------------------
 mkdir -p "$out" || fail "$out cannot be made a run folder"
@@ -138,6 +145,14 @@ check_nodes() { # goes on only with nodes that are fit for training
 }
 
 ((health_seconds == 0)) || check_nodes
+
+if [[ -n ${LOCAL_DATA:-} ]]; then
+  status=0
+  "${on_each_node[@]}" --kill-on-bad-exit=1 "$python" slurm/local_data.py --data "$DATA" --local "$LOCAL_DATA" ||
+    status=$?
+  ((status == 0 || status == 2)) || requeue_if_stopped
+  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $LOCAL_DATA on every node; see above"
+fi
 
 # ---- training ----------------------------------------------------------------------------------------------
 # what a rank runs in: notes how the first rank ended that did not end well.  When it has, Slurm kills the others, and

@@ -17,7 +17,7 @@ STEPS = 16
 
 @pytest.mark.skipif(bool(unavailable()), reason=str(unavailable()))
 def test_a_lost_node_and_a_pulled_cable(tmp_path: Path, data: Path) -> None:
-    """Two jobs of two ranks at once: one's second node loses power, the other's rank 0 its network, but not the disk."""
+    """Two jobs of two ranks: one's second node loses power, the other's rank 0 its network, but not the disk."""
     with Cluster(nodes=6) as cluster, ThreadPoolExecutor(3) as pool:
         lost, cut = (
             Job(cluster, tmp_path / name, data, nodes=2, steps=STEPS, env={"HEALTH_CHECK": "0"})
