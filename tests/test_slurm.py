@@ -316,15 +316,12 @@ def test_other_endings_are_not_tried_again(project: Project) -> None:
 
 
 # ---- nodes that are not fit ----------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("problem", "told"),
-    [("/tmp: 3 MB free, less than 512", "/tmp: 3 MB free, less than 512"), ("silent", "did not answer within 3 s")],
-)
-def test_a_node_that_is_not_fit_is_left_out(project: Project, problem: str, told: str) -> None:
+def test_a_node_that_does_not_answer_is_left_out(project: Project) -> None:
     shape = ("--nodes=1", "slurm/stage0.sbatch")
-    job, log = project.run(*shape, TASKS_PER_NODE="1", HEALTH_CHECK="3", UNFIT=f"node1 {problem}")
+    job, log = project.run(*shape, TASKS_PER_NODE="1", HEALTH_CHECK="3", UNFIT="node1 silent")
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert (job["NodeList"], job["ExcNodeList"]) == ("node2", "node1")
+    told = "did not answer within 3 s"
     assert f"node node1 is not fit: {told}" in log.splitlines()
     out = project.root / "runs" / "demo"
     assert "node1 not fit for training (see runs/demo/bad_nodes); queued again, to go on from its beginning" in log
