@@ -39,13 +39,17 @@ class Lease:
         """`end`: what ends this process when it lost the lease and goes on for `GRACE` seconds, such as os._exit; a
         trainer that was cut off from the others hangs in a collective, and cannot look by itself."""
         self.path, self.end = folder / "lease.json", end
-        self._identity = {**_this_process(), **_this_job(), "id": os.urandom(8).hex()}
+        # token: the number, 0 before `acquire`
+        self._identity = {"token": 0, **_this_process(), **_this_job(), "id": os.urandom(8).hex()}
         self._stop, self._writing = threading.Event(), threading.Lock()
         self._file, self._renewed = -1, 0.0
-        self.token = 0
-        """The holder's number, from 1; 0 before `acquire`."""
         self.lost = ""
         """Who has taken the folder over, if somebody has; to be looked at before writing to it."""
+
+    @property
+    def token(self) -> str:
+        """What tells this holder from every other; a part of the names of folders that are being written."""
+        return str(self._identity["token"])
 
     def acquire(self, grace: float = GRACE) -> None:
         """Take the lease.  Raises UserError naming the holder where it is still there after `grace` seconds."""
@@ -116,7 +120,7 @@ class Lease:
         except FileExistsError:
             return False
         graves = self._graves()
-        self.token = 1 + max(graves.values(), default=0)
+        self._identity["token"] = 1 + max(graves.values(), default=0)
         try:
             self._write()
         except OSError:
@@ -176,7 +180,7 @@ class Lease:
     def _write(self, **more: bool) -> None:
         """Renew.  In place, through the file that we created: once replaced, we cannot touch our successor's."""
         began = _clock()
-        content = {"token": self.token, **self._identity, "renewed": time.time(), **more}
+        content = {**self._identity, "renewed": time.time(), **more}
         os.pwrite(self._file, json.dumps(content).ljust(_SIZE).encode(), 0)
         os.fsync(self._file)
         self._renewed = began
@@ -189,6 +193,8 @@ class Lease:
             return None
         except ValueError:
             return {}
+        if isinstance(value, dict) and type(value.get("token")) is str:  # of a version that did not number its holders
+            value |= {"token": 0, "id": value["token"]}
         kinds = {"token": int, "id": str, "host": str, "pid": int, "renewed": float}
         sound = isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in kinds.items())
         return value if sound else {}

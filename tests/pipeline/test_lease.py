@@ -75,7 +75,7 @@ def test_taken_over(held: Lease) -> None:
 
 def replace(held: Lease, **fields: object) -> None:
     """Another's lease in the place of the holder's."""
-    write_atomic(held.path, json.dumps({**content(held), "token": held.token + 1, **fields}))
+    write_atomic(held.path, json.dumps({**content(held), "token": int(held.token) + 1, **fields}))
 
 
 def test_removed(held: Lease) -> None:
@@ -96,7 +96,7 @@ def test_being_written(held: Lease) -> None:
     "text",
     ["", "null", "[1]", '{"token": 1}', '{"token": 1, "id": "i", "host": "h", "pid": 1, "renewed": "yesterday"}',
      '{"token": 1, "id": "i", "host": "h", "pid": [1], "renewed": 1.0}',
-     '{"token": "a version without numbers wrote this", "host": "h", "pid": 1, "renewed": 1.0}'],
+     '{"token": "t", "host": "h", "pid": 1}'],
 )  # fmt: skip
 def test_damaged(tmp_path: Path, text: str) -> None:
     """One line; after a while it counts as left by somebody who was killed."""
@@ -129,7 +129,7 @@ def test_the_number_grows_with_every_holder(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         lease = Lease(tmp_path)
         lease.acquire(grace=0)
-        assert (lease.token, content(lease)["token"], "released" in content(lease)) == (number, number, False)
+        assert (lease.token, content(lease)["token"], "released" in content(lease)) == (str(number), number, False)
         lease.release()
         assert (content(lease)["token"], content(lease)["released"]) == (number, True)
     assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
@@ -142,8 +142,21 @@ def test_the_number_grows_with_every_holder(tmp_path: Path) -> None:
         lease = Lease(tmp_path)
         lease.acquire(grace=0)
         lease.release()
-    assert lease.token == 5
+    assert lease.token == "5"
     assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
+
+
+def test_a_holder_of_a_version_without_numbers(tmp_path: Path) -> None:
+    """It is respected while it renews, and its successor is the first."""
+    old = {"token": "0123", "host": "elsewhere", "space": "", "pid": 7, "started": "1", "renewed": time.time()}
+    (tmp_path / "lease.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere, which"):
+        Lease(tmp_path).acquire(grace=0)
+    (tmp_path / "lease.json").write_text(json.dumps({**old, "renewed": time.time() - 2 * STALE}))
+    lease = Lease(tmp_path)
+    lease.acquire(grace=0)
+    assert content(lease)["token"] == 1
+    lease.release()
 
 
 def test_a_late_renewal_leaves_the_successor_alone(tmp_path: Path) -> None:
@@ -199,7 +212,7 @@ def test_a_later_start_of_the_same_job_takes_over_at_once(
             new.acquire(grace=0)
         return
     new.acquire(grace=0)
-    assert new.token == held.token + 1
+    assert int(new.token) == int(held.token) + 1
     assert becomes_true(lambda: held.lost)
     with pytest.raises(UserError, match="was taken over by"):
         held.check()
