@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Lease:
         trainer that was cut off from the others hangs in a collective, and cannot look by itself."""
         self.path, self.end = folder / "lease.json", end
         # token: the number, 0 before `acquire`
-        self._identity = {"token": 0, **_this_process(), **_this_job(), "id": os.urandom(8).hex()}
+        self._identity = {"token": 0, **this_process(), **_this_job(), "id": os.urandom(8).hex()}
         self._stop, self._writing = threading.Event(), threading.Lock()
         self._file, self._renewed = -1, 0.0
         self.lost = ""
@@ -205,7 +205,8 @@ def _clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """What `has_ended` tells this process by."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "space": _pid_space(), "pid": pid, "started": _start_time(pid)}
 
@@ -225,9 +226,15 @@ def _is_gone(holder: dict[str, Any]) -> bool:
         return False
     if _is_replaced(holder):
         return True
-    if holder["host"] == socket.gethostname() and holder.get("space") == _pid_space():
-        return _start_time(holder["pid"]) != holder.get("started")
-    return time.time() - holder["renewed"] > STALE
+    ended = has_ended(holder)
+    return time.time() - holder["renewed"] > STALE if ended is None else ended
+
+
+def has_ended(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process, as `this_process` names it, is no more; None where it is of another machine or container."""
+    if process["host"] != socket.gethostname() or process.get("space") != _pid_space():
+        return None
+    return _start_time(process["pid"]) != process.get("started")
 
 
 def _is_replaced(holder: dict[str, Any]) -> bool:
