@@ -260,7 +260,8 @@ class Lab:
             ended = self.cluster.wait(number, seconds=900)
             assert ended["JobState"] == "COMPLETED", Path(ended["StdOut"]).read_text()[-6000:]
             if stage == "stage1":
-                redone = done_steps - 8 - int(re.findall(r"stage1-step(\d+)", Path(ended["StdOut"]).read_text())[0])
+                resumed = re.findall(r"resumed from \S*stage1-step(\d+)", Path(ended["StdOut"]).read_text())
+                redone = done_steps - 8 - int(resumed[-1] if resumed else 0)
         fault.afterwards(job)
         same_losses(out, launch.losses(reference))
         return [name, f"{detected:.1f}", str(redone), f"{len(jobs)} jobs completed, all losses equal"]
