@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -88,7 +89,7 @@ def main(
     with mistakes_shared(world):
         config = load_config(recipes, overrides, also=inspect.signature(main).parameters)
         plan = make_plan(config, ds, out, stages, resume, world.size)
-    lease = Lease(plan.out)
+    lease = Lease(plan.out, end=os._exit)
     try:
         with mistakes_shared(world):
             if world.main:

@@ -3,7 +3,8 @@
 #
 #   Command    run by slurm/stageN.sbatch; in an salloc shell: GPUS_PER_NODE=8 bash slurm/run_stage.sh 0
 #   Hardware   all allocated nodes, one rank for each of their GPUs
-#   Does       starts pipeline/train.py --stages STAGE OPTION... as one task per GPU; succeeds only if
+#   Does       looks whether the nodes are fit (slurm/health.py), and is queued again without those that are not;
+#              starts pipeline/train.py --stages STAGE OPTION... as one task per GPU; succeeds only if
 #              training wrote OUT/stageSTAGE.done; a batch job that was asked to stop is queued again
 #   Watch      squeue --me; tail -f slurm/logs/ivtlr-stageN-JOB.out; tensorboard --logdir runs
 #
@@ -11,7 +12,8 @@
 # that dies ends the others and the job, every line of the log tells its rank, and nodes need no ssh.
 #
 # Variables, see slurm/README.md:
-# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS IVTLR_ROOT
+# RECIPE OUT DATA DS PYTHON GPUS_PER_NODE TASKS_PER_NODE EXTRA SRUN_EXTRA MAX_FRUITLESS HEALTH_CHECK LOCAL_DATA
+# IVTLR_ROOT
 set -euo pipefail
 STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watching/watch.py)
 
@@ -27,6 +29,8 @@ enter_project
 find_ds
 max_fruitless=${MAX_FRUITLESS:-3}
 [[ $max_fruitless =~ ^[0-9]+$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
+health_seconds=${HEALTH_CHECK:-120}
+[[ $health_seconds =~ ^[0-9]+$ ]] || fail "HEALTH_CHECK=$health_seconds: expected seconds, or 0 for no check"
 
 find_python
 
@@ -46,14 +50,22 @@ unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide 
 
 read -r -a extra <<<"${EXTRA:-}"
 read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+if [[ -n ${LOCAL_DATA:-} ]]; then
+  [[ $LOCAL_DATA == /* && -n ${DATA:-} ]] || fail "LOCAL_DATA needs a whole path, and DATA, the shard folder to copy"
+  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")
+else
+  data=${DATA:-}
+fi
 options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
-[[ -z ${DATA:-} ]] || options+=(--data "$DATA")
+[[ -z $data ]] || options+=(--data "$data")
 
 # ---- restarts ----------------------------------------------------------------------------------------------
 mkdir -p "$out" || fail "$out cannot be made a run folder"
 restarts=$out/slurm_restarts # the job, its starts in a row that added nothing, the newest checkpoint before this one
 # a name of this start's own: a network file system may remember for a while that a file was not there
-ended=$out/slurm_ended.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+ended=$out/slurm_ended.$start
+rm -rf "$out/slurm_ended.$SLURM_JOB_ID".* "$out/slurm_health.$SLURM_JOB_ID".* # of starts that were killed
 
 newest_checkpoint() { # by stage and step; one without a manifest is not complete
   local manifests=("$out"/checkpoints/stage*-step*/manifest.json)
@@ -66,18 +78,34 @@ refuse_fruitless() {
     "again: save more often (--train.checkpoint_every), ask for more time, or see above; then submit the stage anew"
 }
 
-requeue_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
-  local job now
-  job=" $(scontrol show job --oneliner "$SLURM_JOB_ID") " || return 0
+shown_job() { # what Slurm says of this job; fails where it may not be queued again
+  shown=" $(scontrol show job --oneliner "$SLURM_JOB_ID") " || return 1
   # not in an salloc shell, nor under --no-requeue
-  [[ $job =~ " BatchFlag="[1-9] && $job == *" Requeue=1 "* ]] || return 0
-  # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
-  [[ $job == *" Reason=TimeLimit "* ]] || { ((status == STOPPED)) && [[ $job == *" JobState=RUNNING "* ]]; } || return 0
+  [[ $shown =~ " BatchFlag="[1-9] && $shown == *" Requeue=1 "* ]]
+}
+
+queue_again() { # WHY [NODES]: this job, without NODES; does not return
+  local now excluded
   now=$(newest_checkpoint)
   [[ $now != "$before" ]] || ((fruitless < max_fruitless)) || refuse_fruitless
-  echo "job $SLURM_JOB_ID: training was asked to stop; queued again, to go on from ${now:-its beginning}"
+  echo "job $SLURM_JOB_ID: $1; queued again, to go on from ${now:-its beginning}"
+  trap '' TERM # comes with the next line, and the one after it is wanted
   scontrol requeue "$SLURM_JOB_ID" || fail "stage $stage: Slurm did not queue the job again; submit the stage anew"
+  if [[ -n ${2:-} ]]; then # only a job that waits can be told; it does so for as long as credentials live (120 s)
+    excluded=$(sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p' <<<"$shown")
+    [[ -z $excluded || $excluded == "(null)" ]] || set -- "$1" "$2,$excluded"
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$2" ||
+      echo "warning: Slurm does not exclude $2; they are looked at again" >&2
+  fi
   exit "$STOPPED"
+}
+
+requeue_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
+  shown_job || return 0
+  # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
+  [[ $shown == *" Reason=TimeLimit "* ]] || { ((status == STOPPED)) && [[ $shown == *" JobState=RUNNING "* ]]; } ||
+    return 0
+  queue_again "training was asked to stop"
 }
 
 before=$(newest_checkpoint)
@@ -90,6 +118,41 @@ else
   fruitless=0
 fi
 echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
+
+# ---- nodes -------------------------------------------------------------------------------------------------
+on_each_node=(srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus"
+  --kill-on-bad-exit=0 "${srun_extra[@]}")
+
+check_nodes() { # goes on only with nodes that are fit for training
+  local folder=$out/slurm_health.$start bad="" status=0 told
+  local about=(--folder "$folder" --word "$start.$RANDOM$RANDOM")
+  mkdir "$folder" && printf %s "${about[3]}" >"$folder/word" || fail "$out cannot be written"
+  told=$(date +%s)
+  timeout --kill-after=10 "$health_seconds" "${on_each_node[@]}" "$python" slurm/health.py check "${about[@]}" \
+    >"$folder/answers" 2>"$folder/errors" || true
+  bad=$("$python" slurm/health.py judge "${about[@]}" --answers "$folder/answers" --nodes "$nodes" --gpus "$tasks" \
+    --asked "$told" --limit "$health_seconds" --note "$out/bad_nodes") || status=$?
+  ((status == 0 || status == 3)) || tail -n 5 "$folder/errors" >&2
+  rm -rf "$folder"
+  case $status in
+    0) return ;;
+    3) bad=${bad//$'\n'/,} ;; # some
+    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 trains without a look" ;;
+    *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
+  esac
+  shown_job && [[ $shown == *" JobState=RUNNING "* ]] || fail "stage $stage: submit it again with --exclude=$bad"
+  queue_again "$bad not fit for training (see $out/bad_nodes)" "$bad"
+}
+
+((health_seconds == 0)) || check_nodes
+
+if [[ -n ${LOCAL_DATA:-} ]]; then
+  status=0
+  "${on_each_node[@]}" --kill-on-bad-exit=1 "$python" slurm/local_data.py --data "$DATA" --local "$LOCAL_DATA" ||
+    status=$?
+  ((status == 0 || status == 2)) || requeue_if_stopped
+  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $LOCAL_DATA on every node; see above"
+fi
 
 # ---- training ----------------------------------------------------------------------------------------------
 # what a rank runs in: notes how the first rank ended that did not end well.  When it has, Slurm kills the others, and

@@ -23,9 +23,10 @@ STAGES = [0, 1, 2, 3]
 
 
 @pytest.fixture(autouse=True)
-def own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs inherit the environment: this one's setting is not what is tested."""
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs inherit the environment: this one's settings are not what is tested."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("HEALTH_CHECK", "0")
 
 
 # What PYTHON names in most tests.  Every rank meets rank 0 at MASTER_ADDR:MASTER_PORT, as in a process group,
@@ -36,6 +37,17 @@ import json, os, pathlib, signal, socket, sys, time
 env = dict(os.environ)
 option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
+if program == "slurm/health.py":
+    if sys.argv[2] == "judge":
+        os.execv("{python}", ["{python}", "-IS", *sys.argv[1:]])
+    folder, host = pathlib.Path(sys.argv[4]), socket.gethostname()
+    (folder / host).write_text(sys.argv[6])
+    unfit = env.get("UNFIT", "").partition(" ")
+    problems = [unfit[2]] if unfit[0] in (host, "all") else []
+    if problems == ["silent"]:
+        time.sleep(60)
+    print(json.dumps({{"node": host, "time": time.time(), "problems": problems}}))
+    sys.exit(0)
 if program != "pipeline/train.py":
     if program == "slurm/recipe.py" and option.get("--make") is None:
         print("stages=5")
@@ -303,6 +315,37 @@ def test_other_endings_are_not_tried_again(project: Project) -> None:
     assert log.splitlines()[-1] == "stage 0: stopped on request; submit it again to go on"
 
 
+# ---- nodes that are not fit ----------------------------------------------------------------------------------
+def test_a_node_that_does_not_answer_is_left_out(project: Project) -> None:
+    shape = ("--nodes=1", "slurm/stage0.sbatch")
+    job, log = project.run(*shape, TASKS_PER_NODE="1", HEALTH_CHECK="3", UNFIT="node1 silent")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert (job["NodeList"], job["ExcNodeList"]) == ("node2", "node1")
+    told = "did not answer within 3 s"
+    assert f"node node1 is not fit: {told}" in log.splitlines()
+    out = project.root / "runs" / "demo"
+    assert "node1 not fit for training (see runs/demo/bad_nodes); queued again, to go on from its beginning" in log
+    (line,) = (out / "bad_nodes").read_text().splitlines()
+    assert line.split("\t")[1:] == [f"job {job['JobId']}", "node1", told]
+    assert sorted(path.name for path in out.glob("slurm*")) == ["slurm_restarts"]
+
+
+def test_nodes_of_which_none_is_fit_end_the_job(project: Project) -> None:
+    job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch", HEALTH_CHECK="9")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
+    assert log.count("is not fit: packages: no torch") == 2
+    assert log.splitlines()[-1].startswith("error: stage 0: no node is fit for training, so others would not help; ")
+    job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch", HEALTH_CHECK="0")
+    assert job["JobState"] == "COMPLETED", log
+
+
+def test_a_job_that_may_not_be_queued_again_names_the_node(project: Project) -> None:
+    env = {"TASKS_PER_NODE": "1", "UNFIT": "node2 GPU: wrong", "HEALTH_CHECK": "9"}
+    job, log = project.run("--no-requeue", "slurm/stage0.sbatch", **env)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+    assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
+
+
 # ---- a whole run -------------------------------------------------------------------------------------------
 def submit_all(project: Project, *options: str, **env: str) -> list[str]:
     env = {"PYTHON": str(project.root / "stand-in"), "TASKS_PER_NODE": "1", **env}
@@ -402,6 +445,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     assert refused(folder, script, "2", **job, PYTHON="no/python") == "error: no Python at PYTHON=no/python"
     line = "error: MAX_FRUITLESS=few: expected a whole number"
     assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
+    line = "error: HEALTH_CHECK=yes: expected seconds, or 0 for no check"
+    assert refused(folder, script, "2", **job, HEALTH_CHECK="yes") == line
     submit = "submit_all.sh"
     assert refused(folder, submit, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     line = "error: --recipe=x.yaml: the jobs take this from the variable RECIPE"
@@ -444,21 +489,23 @@ def test_stages_train_one_after_another(tmp_path: Path, cluster: Cluster) -> Non
         "OMP_NUM_THREADS": "1",
     }
 
-    def train(stage: int) -> tuple[dict[str, str], str]:
+    def train(stage: int, **more: str) -> tuple[dict[str, str], str]:
         script = f"slurm/stage{stage}.sbatch"
-        job = cluster.submit(f"--output={tmp_path}/%x.out", script, env=env, cwd=ROOT)
+        job = cluster.submit(f"--output={tmp_path}/%x.out", script, env=env | more, cwd=ROOT)
         fields = cluster.wait(job, seconds=120)
         return fields, (tmp_path / f"ivtlr-stage{stage}.out").read_text()
 
-    job, log = train(0)
+    job, log = train(0, HEALTH_CHECK="120")
     assert job["JobState"] == "COMPLETED", log
     assert "ZeRO-3 on 2 ranks" in log
     job, log = train(2)
     assert job["JobState"] == "FAILED", log
     assert [line for line in log.splitlines() if line.startswith("0: error: ")], log
     assert not (out / "stage2.done").exists()
+    local = str(tmp_path / "local")
     for stage in (1, 2):
-        job, log = train(stage)
+        job, log = train(stage, LOCAL_DATA=local)
+        assert log.count(f": {local}/data: ") == 2  # a copy a node; here they share a disk
         assert job["JobState"] == "COMPLETED", log
         assert "resumed from" in log
         assert json.loads((out / f"stage{stage}.done").read_text())["stage"] == stage

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +38,8 @@ PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where daemons are
 UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--kill-child", "--mount-proc"]
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
-# cred_expire: how long a job that is queued again must wait, in seconds; 5 is the least, 120 the default
+# cred_expire: how long a job that is queued again must wait, in seconds; 5 is the least, 120 the default.
+# SlurmdTimeout: a node that is silent for two or three times as many seconds is down, and its jobs are queued again.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=control(10.213.0.254)
@@ -61,6 +62,10 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 MinJobAge=3600
 KillWait=2
+ReturnToService=1
+SlurmdTimeout=5
+MessageTimeout=5
+TCPTimeout=1
 NodeName=node[1-{nodes}] NodeAddr=10.213.0.[1-{nodes}] CPUs={cpus} RealMemory=500000 Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -137,6 +142,47 @@ class Cluster:
             time.sleep(0.1)
         return fields
 
+    # ---- faults ------------------------------------------------------------------------------------------------
+    def power_off(self, node: str) -> None:
+        """Kill all that runs on a node, at once."""
+        self._order("off", node)
+
+    def power_on(self, node: str) -> None:
+        """Boot a node that was powered off, and put it back into service."""
+        self._order("on", node)
+        self._until_up(node)
+
+    def pull_cable(self, node: str) -> None:
+        """Cut a node's network; what runs there runs on, and shares the disk."""
+        self._link(node, "down")
+
+    def plug_cable(self, node: str) -> None:
+        """Give a node its network back."""
+        self._link(node, "up")
+        self._until_up(node)
+
+    def node_state(self, node: str) -> str:
+        """Such as IDLE, ALLOCATED, DOWN+NOT_RESPONDING."""
+        return re.findall(r"State=(\S+)", self.run("scontrol", "show", "node", node).stdout)[0]
+
+    def _link(self, node: str, state: str) -> None:
+        done = self.run("ip", "link", "set", f"v{node.removeprefix('node')}", state)
+        assert done.returncode == 0, done.stderr
+
+    def _order(self, order: str, node: str) -> None:
+        done = self.state / f"{order}.{node}.{time.monotonic_ns()}"
+        (self.state / "orders").write_text(f"{order} {node.removeprefix('node')} {done}\n")
+        _until(done.exists, f"{node} is not {order}")
+
+    def _until_up(self, node: str) -> None:
+        def up() -> bool:
+            state = self.node_state(node)
+            if "DOWN" in state and "NOT_RESPONDING" not in state:  # as an administrator does
+                self.run("scontrol", "update", f"nodename={node}", "state=resume")
+            return not {"DOWN", "NOT_RESPONDING", "DOWN*"} & set(re.split(r"\+", state))
+
+        _until(up, f"{node} does not come back")
+
     def _start(self) -> None:
         state = self.state
         (state / "log").mkdir()
@@ -169,3 +215,10 @@ class Cluster:
             time.sleep(0.1)
         logs = "".join(f"== {p.name}\n{p.read_text()[-2000:]}\n" for p in sorted((state / "log").iterdir()))
         raise RuntimeError(f"the test cluster did not come up:\n{logs}")
+
+
+def _until(true: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)

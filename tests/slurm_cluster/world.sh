@@ -3,6 +3,7 @@
 #
 # Started by tests/slurm_cluster/__init__.py in namespaces of its own.  Nodes are further namespaces inside,
 # and none has a name: when this process dies, all of the cluster is gone.
+# Takes orders through STATE/orders, `on|off N FILE`: boots node N or powers it off, then makes FILE.
 set -euo pipefail
 state=$1 nodes=$2
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -19,13 +20,29 @@ munged --force --key-file="$state/munge.key" --socket="$state/munge.socket" --pi
 export SLURM_CONF=$state/slurm.conf
 slurmctld -c -i
 
-for ((i = 1; i <= nodes; i++)); do
+boot() { # N
+  rm -f "$state/node$1.exists"
   unshare --net --uts --mount --pid --kill-child --mount-proc \
-    bash "$here/node.sh" "$state" "node$i" "10.213.0.$i" &
-  until [[ -e $state/node$i.exists ]]; do sleep 0.02; done
-  ip link add "v$i" type veth peer name eth0 netns "$!"
-  ip link set "v$i" master br0 up
-done
+    bash "$here/node.sh" "$state" "node$1" "10.213.0.$1" &
+  node[$1]=$!
+  until [[ -e $state/node$1.exists ]]; do sleep 0.02; done
+  ip link delete "v$1" 2>/dev/null || true # one whose node is just vanishing
+  ip link add "v$1" type veth peer name eth0 netns "${node[$1]}"
+  ip link set "v$1" master br0 up
+}
 
+for ((i = 1; i <= nodes; i++)); do boot "$i"; done
+
+mkfifo "$state/orders"
+exec 3<>"$state/orders"
 touch "$state/started"
-while :; do wait; sleep 1; done # reaps what dies
+while read -r order n file <&3; do # bash reaps what dies meanwhile
+  case $order in
+    on) boot "$n" ;;
+    off) # nothing gets to say goodbye
+      kill -KILL "${node[$n]}"
+      wait "${node[$n]}" 2>/dev/null || true
+      ;;
+  esac
+  touch "$file"
+done
