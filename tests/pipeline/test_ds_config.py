@@ -33,8 +33,8 @@ def test_what_the_pipeline_decides(ds: dict[str, Any], bf16: bool) -> None:
     filled = fill_auto(ds, TRIANGLE, config(), hidden=64, bf16=bf16)
     decided = {
         "train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6,
-        "gradient_clipping": 0.01, "bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.01, "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
     assert {name: filled[name] for name in decided} == decided
 
@@ -46,6 +46,7 @@ def test_what_the_pipeline_decides(ds: dict[str, Any], bf16: bool) -> None:
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "moon"}}}', "offload_param.device: Input"),
         ('{"zero_optimization": {"stage": true}}', "zero_optimization.stage is True, expected 1, 2 or 3"),
         ('{"zero_optimization": {"stage": 2}, "wall_clock_breakdown": "auto"}', "wall_clock_breakdown cannot be auto"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "compute_grad_norm tells steps"),
         ('{"zero_optimization": {"stage": 2}, "aio": 3}', "DeepSpeed refuses it"),
         ('{"zero_optimization": {"stage": 2}, "bf16": "auto"}', "bf16 is 'auto', expected"),
         ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}', "fp16 is not supported; model.dtype"),
