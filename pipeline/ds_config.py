@@ -83,7 +83,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         problems.append(f"{path}: gradient_clipping belongs to the recipe: optim.clip")
     if type(stage) is not int or stage not in (1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage}, expected 1, 2 or 3")
-    elif zero.get("compute_grad_norm", True) is not True:
+    elif zero and zero.get("compute_grad_norm", True) is not True:
         problems.append(f"{path}: zero_optimization.compute_grad_norm tells steps that must be left out; it stays true")
     bf16 = ds.get("bf16", {})
     if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in ("auto", True, False):
