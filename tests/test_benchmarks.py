@@ -79,8 +79,8 @@ def test_decode_cost(tmp_path: Path) -> None:
 def test_checkpoint_cost(tmp_path: Path) -> None:
     """Collectives: none where nothing is saved, and fewer where training does not wait."""
     out = tmp_path / "checkpoint.json"
-    command = [sys.executable, "-m", "benchmarks.checkpoint", "--shape", "tiny", "--pairs", "1", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--shape", "tiny", "--pairs", "1", "--steps", "4"]
+    done = subprocess.run([*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())["collectives"]
     assert found["none"] == 0 < found["beside"] < found["at once"] <= 10
