@@ -35,6 +35,7 @@ bench: $(VENV)/installed
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.step_cost
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.decode_cost
 	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.checkpoint
+	OMP_NUM_THREADS=$$(nproc) $(PY) -m benchmarks.guards
 	$(PY) -m benchmarks.data
 
 clean:

@@ -94,9 +94,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums over all ranks, in fp64: one small collective."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+def total(values: Sequence[float | torch.Tensor], device: torch.device) -> list[float]:
+    """Sums over all ranks, in fp64: one small collective, and one wait for the device, which tensors may be on."""
+    if any(isinstance(value, torch.Tensor) for value in values):
+        tensor = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    else:
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     with ACTIVITY.part("collective"):
         dist.all_reduce(tensor)
         return tensor.tolist()

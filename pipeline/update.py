@@ -56,7 +56,7 @@ class Update:
             losses += loss.detach().float() / (triangle.world * triangle.accumulation)
             statistics = {name: value + statistics.get(name, 0.0) for name, value in sums.items()}
         names = sorted(statistics)
-        loss, *summed = total([float(losses), *(float(statistics[name]) for name in names)], device)
+        loss, *summed = total([losses, *(statistics[name] for name in names)], device)
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         found = dict(zip(names, summed, strict=True))
         return StepResult(loss, grad_norm, was_applied(engine), columns, stopping, found)

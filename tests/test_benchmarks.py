@@ -86,6 +86,16 @@ def test_checkpoint_cost(tmp_path: Path) -> None:
     assert found["none"] == 0 < found["beside"] < found["at once"] <= 10
 
 
+def test_cost_of_watching(tmp_path: Path) -> None:
+    """Two small sums a step, the labels' and the numbers': what watches for faults adds none of its own."""
+    out = tmp_path / "guards.json"
+    command = [sys.executable, "-m", "benchmarks.guards", "--steps", "3", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = json.loads(out.read_text())["step"]
+    assert (step["sums"], step["waits of ours"]) == (2, 4) and step["collectives"] >= 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
