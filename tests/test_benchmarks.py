@@ -87,7 +87,7 @@ def test_checkpoint_cost(tmp_path: Path) -> None:
 
 
 def test_cost_of_watching(tmp_path: Path) -> None:
-    """Two small sums a step, the labels' and the numbers': what watches for faults adds none of its own."""
+    """Two small sums a step: of labels, which the loss is divided by, and of the numbers by which it is judged."""
     out = tmp_path / "guards.json"
     command = [sys.executable, "-m", "benchmarks.guards", "--steps", "3", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
