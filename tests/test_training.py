@@ -566,7 +566,7 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     stages = "[{latents: 1, skip: 1, steps: 8}]"
     code, log = try_train(
         out, data, "--plugin", str(plugin), "--latent.feedback", "hanging", "--curriculum.stages", stages,
-        "--train.hang_minutes", "0.05", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
+        "--train.hang_minutes", "0.1", "--train.val_samples", "0", "--train.checkpoint_every", "0", ranks=2,
     )  # fmt: skip
     assert code == HUNG, log[-4000:]
     rank1 = r"rank 1 on \S+ hangs: training \(forward\) for 0\.\d min, since [\d:]+"
