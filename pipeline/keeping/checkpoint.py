@@ -265,7 +265,7 @@ class Checkpoints:
         return Checkpoint(path, state)
 
     def remove_unfinished(self) -> None:
-        """Remove what starts left that were killed while writing; called by the holder of the lease."""
+        """Remove what starts left that were killed while writing or removing; called by the holder of the lease."""
         for folder in self.folder.glob(f"{WRITING}*"):
             self._fence()
             shutil.rmtree(folder, ignore_errors=True)
@@ -293,6 +293,8 @@ class Checkpoints:
         inside = [c for c in found if not c.state.stage_done and c.path.name not in protected]
         for checkpoint in inside[:-keep]:
             self._fence()
-            # without its manifest it is no checkpoint any more, should the removal be cut short
-            (checkpoint.path / "manifest.json").unlink()
-            shutil.rmtree(checkpoint.path)
+            # by this name it is no checkpoint any more, and goes at the next start should its removal be cut short
+            gone = checkpoint.path.with_name(f"{WRITING}-gone-{checkpoint.path.name}")
+            shutil.rmtree(gone, ignore_errors=True)
+            os.rename(checkpoint.path, gone)
+            shutil.rmtree(gone)

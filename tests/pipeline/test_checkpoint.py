@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_prune(tmp_path: Path) -> None:
     (tmp_path / "best-stage0.json").write_text("")
     checkpoints.prune(1)
     assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
+
+
+def test_a_removal_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing takes what is left for a checkpoint, and the next start removes it."""
+    checkpoints = run_folder(tmp_path, 0, inside={1: 3})
+    gone = write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))
+    write_checkpoint(tmp_path, replace(STATE, stage=1, step=7))
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.prune(1)
+    assert not gone.exists() or (gone / "manifest.json").exists()
+    checkpoints.remove_unfinished()
+    checkpoints.prune(1)
+    left = sorted(path.name for path in checkpoints.folder.iterdir() if path.is_dir())
+    assert left == ["stage0-step000008", "stage1-step000007"]
 
 
 FULL = [
