@@ -119,6 +119,12 @@ else
 fi
 echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
 
+# Every start numbers its steps from 0.  An earlier one's srun, on a node that was cut off and comes back, would end our
+# step of the same number when its own rank fails: so the three numbers of each start before are used up.
+for ((i = 0; i < 3 * ${SLURM_RESTART_COUNT:-0}; i++)); do
+  srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 true || true
+done
+
 # ---- nodes -------------------------------------------------------------------------------------------------
 on_each_node=(srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus"
   --kill-on-bad-exit=0 "${srun_extra[@]}")
@@ -176,7 +182,8 @@ srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cp
 rm -f "$ended"
 
 # an exit code alone is no proof: launchers and clusters lose them
-((status != 0)) || [[ ! -s $out/stage$stage.done ]] || exit 0
+# and a rank that is killed after the marker was written has nothing left to do
+((status != 0 && status < 128)) || [[ ! -s $out/stage$stage.done ]] || exit 0
 ((status == 2)) || requeue_if_stopped # 2: a user's mistake
 case $status in
   0) fail "stage $stage: training ended without writing $out/stage$stage.done" ;;
