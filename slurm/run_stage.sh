@@ -143,7 +143,7 @@ check_nodes() { # goes on only with nodes that are fit for training
   case $status in
     0) return ;;
     3) bad=${bad//$'\n'/,} ;; # some
-    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 trains without a look" ;;
+    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
   shown_job && [[ $shown == *" JobState=RUNNING "* ]] || fail "stage $stage: submit it again with --exclude=$bad"
