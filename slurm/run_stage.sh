@@ -119,6 +119,12 @@ else
 fi
 echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
 
+# Every start numbers its steps from 0.  An earlier one's srun, on a node that was cut off and comes back, would end our
+# step of the same number when its own rank fails: so the three numbers of each start before are used up.
+for ((i = 0; i < 3 * ${SLURM_RESTART_COUNT:-0}; i++)); do
+  srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 true || true
+done
+
 # ---- nodes -------------------------------------------------------------------------------------------------
 on_each_node=(srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus"
   --kill-on-bad-exit=0 "${srun_extra[@]}")
@@ -137,7 +143,7 @@ check_nodes() { # goes on only with nodes that are fit for training
   case $status in
     0) return ;;
     3) bad=${bad//$'\n'/,} ;; # some
-    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 trains without a look" ;;
+    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
   shown_job && [[ $shown == *" JobState=RUNNING "* ]] || fail "stage $stage: submit it again with --exclude=$bad"
@@ -176,7 +182,8 @@ srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cp
 rm -f "$ended"
 
 # an exit code alone is no proof: launchers and clusters lose them
-((status != 0)) || [[ ! -s $out/stage$stage.done ]] || exit 0
+# and a rank that is killed after the marker was written has nothing left to do
+((status != 0 && status < 128)) || [[ ! -s $out/stage$stage.done ]] || exit 0
 ((status == 2)) || requeue_if_stopped # 2: a user's mistake
 case $status in
   0) fail "stage $stage: training ended without writing $out/stage$stage.done" ;;

@@ -1,4 +1,4 @@
-"""Command: what a cluster's faults cost a run.  `python -m tests.slurm_faults [NAME...]`; takes a quarter of an hour.
+"""Command: what a cluster's faults cost a run.  `python -m tests.slurm_faults [NAME...]`; half an hour on busy cores.
 
 Trains the tiny recipe (ZeRO-3, one rank on each of four nodes) on a Slurm of six virtual nodes on this machine, injects
 one fault after another, compares every step's loss with an undisturbed run's, and prints a table.

@@ -272,6 +272,8 @@ def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> N
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert "training was asked to stop; queued again, to go on from stage0-step000003" in log
     assert log.count("stage 0 of runs/demo, 2 nodes x 1 ranks") == 2  # one log of both starts
+    # a step number of its own: the srun of a start that was cut off would end one of the same number
+    assert project.ranks()[0]["env"]["SLURM_STEP_ID"] == "3"
     assert project.cluster.wait(second)["JobState"] == "COMPLETED"
     assert sorted(path.name for path in (project.root / "runs/demo").glob("slurm*")) == ["slurm_restarts"]
 
