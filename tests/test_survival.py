@@ -130,7 +130,9 @@ def test_killed_at_random_moments(data, tmp_path, options, capsys):
         if moment == "exporting" and last_step(out) > (STAGES - 1) * STEPS:
             moment = "saving"  # the last stage's end is the run's
         born = time.time()
-        processes = begin(out, data, options, launcher=victim == "launcher" or victim == "rank" and i % 2 == 0)
+        by_launcher = victim == "launcher" or victim == "rank" and i % 2 == 0
+        beside = str(rng.random() < 0.5).lower()  # whether checkpoints are written while training goes on
+        processes = begin(out, data, [*options, "--train.async_checkpoints", beside], by_launcher)
         try:
             wait_for_moment(out, processes[0], born, moment, past)
             time.sleep(rng.uniform(0, MOMENTS[moment]))
@@ -266,11 +268,17 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's points by name, (step, value); of what was measured by the clock the steps alone."""
+    """TensorBoard's points by name, (step, value); of what was measured by the clock the steps alone.
+
+    Restarts are marked where there were some, once at each step that one began with.
+    """
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     measured = ("speed/", "time/", "memory/")
-    return {
+    found = {
         name: [(e.step, 0.0 if name.startswith(measured) else e.value) for e in events.Scalars(name)]
         for name in events.Tags()["scalars"]
     }
+    restarts = [step for step, _ in found.pop("run/restarts", [])]
+    assert restarts == sorted(set(restarts)), restarts
+    return found
