@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import sys
@@ -73,7 +74,9 @@ def told(data: Path, out: Path, *, second: dict[str, str], change: Any = None) -
     errors = on_ranks(2, start, meet=False)
     assert all(isinstance(error, UserError) for error in errors), errors
     assert str(errors[0]) == str(errors[1])
-    assert not (out / "lease.json").exists() and not (out / "config.yaml").exists() and not (out / "base").exists()
+    lease = out / "lease.json"
+    assert not lease.exists() or json.loads(lease.read_text())["released"]
+    assert not (out / "config.yaml").exists() and not (out / "base").exists()
     return str(errors[0])
 
 
