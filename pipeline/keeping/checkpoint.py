@@ -149,6 +149,10 @@ class Checkpoints:
         found = [Checkpoint(path, state) for path, state in self._states() if state is not None]
         return sorted(found, key=lambda c: (c.state.stage, c.state.step))
 
+    def to_go_back_to(self) -> list[Checkpoint]:
+        """Those that were not written amid steps that went wrong, oldest first."""
+        return [checkpoint for checkpoint in self.all() if not checkpoint.state.guard.in_a_row]
+
     def unreadable(self) -> list[Path]:
         """Complete checkpoints whose state.json is damaged: nothing tells where they belong."""
         return sorted(path for path, state in self._states() if state is None)
@@ -287,11 +291,12 @@ class Checkpoints:
         assert loaded is not None, f"DeepSpeed found nothing in {checkpoint.path}"
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, stage ends and those that validation found best."""
+        """Remove all but the newest `keep`, stage ends, those that validation found best, and what to roll back to."""
         found = self.all()
         protected = {best[0] for stage in {c.state.stage for c in found} if (best := self.best(stage))}
         inside = [c for c in found if not c.state.stage_done and c.path.name not in protected]
-        for checkpoint in inside[:-keep]:
+        kept = [*inside[-keep:], *self.to_go_back_to()[-1:]]
+        for checkpoint in (c for c in inside if c not in kept):
             self._fence()
             # without its manifest it is no checkpoint any more, should the removal be cut short
             (checkpoint.path / "manifest.json").unlink()

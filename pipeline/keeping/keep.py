@@ -233,7 +233,7 @@ class Keeper:
         Raises UserError, on every rank, with `told` where there is none.
         """
         self.finish("training goes back to the one before")
-        found = [c for c in self.checkpoints.all() if not c.state.guard.in_a_row] if self.world.main else []
+        found = self.checkpoints.to_go_back_to() if self.world.main else []
         start = distributed.from_main(found[-1] if found else None)
         if start is None:
             self.give_up(f"{told}; there is no checkpoint to go back to")

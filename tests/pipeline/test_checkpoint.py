@@ -15,6 +15,7 @@ from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
 from pipeline.keeping.keep import full_disk_told
+from pipeline.watching.guard import GuardState
 from tests.pipeline.test_plan import STATE, run_folder, write_checkpoint
 
 
@@ -102,6 +103,17 @@ def test_prune(tmp_path: Path) -> None:
     (tmp_path / "best-stage0.json").write_text("")
     checkpoints.prune(1)
     assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
+
+
+def test_prune_keeps_what_to_roll_back_to(tmp_path: Path) -> None:
+    """A stop amid steps that go wrong is a checkpoint, too, but none to go back to."""
+    checkpoints = run_folder(tmp_path, 0, inside={1: 3})
+    write_checkpoint(tmp_path, replace(STATE, stage=1, step=5, guard=GuardState(in_a_row=2)))
+    checkpoints.prune(1)
+    assert [c.state.step for c in checkpoints.all()] == [8, 3, 5]
+    write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))
+    checkpoints.prune(1)
+    assert [c.state.step for c in checkpoints.all()] == [8, 6]
 
 
 FULL = [
