@@ -166,7 +166,8 @@ class Checkpoints:
             except (OSError, ValueError):
                 if _state_as_written(path):
                     raise UserError(
-                        f"checkpoint {path}: state.json is of another version; remove this folder"
+                        f"checkpoint {path} is of another version of this program, and only that can go on with it;"
+                        f" do so, or choose another --out"
                     ) from None
                 yield path, None
 

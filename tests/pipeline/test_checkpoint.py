@@ -55,7 +55,7 @@ def test_damaged_state(sound: Checkpoint, text: str) -> None:
     with pytest.raises(UserError, match=r"has no sound checkpoint, only damaged ones .stage0-step000008.; to begin"):
         checkpoints.refuse_none_left()
     manifest_of(sound.path)
-    with pytest.raises(UserError, match=r"state.json is of another version; remove this folder"):
+    with pytest.raises(UserError, match=r"another version of this program, .* choose another --out"):
         checkpoints.all()
 
 
