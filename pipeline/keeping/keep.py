@@ -169,6 +169,7 @@ class Keeper:
             except Exception as error:  # told by all at the next step
                 self.failure = self._told(error)
 
+    @ACTIVITY("saving")
     def _complete(self, pending: Pending) -> None:
         """Rank 0's part, when all have written theirs."""
         began = time.monotonic()
@@ -178,6 +179,7 @@ class Keeper:
         blocked, whole = pending.blocked + now - began, now - pending.began
         self.log.info("checkpoint %s: %.1f s blocked, %.1f s in all", checkpoint.path, blocked, whole)
 
+    @ACTIVITY("saving")
     def _give_up(self, pending: Pending | None) -> NoReturn:
         """End here, on all ranks, each with what went wrong on any; what was written so far goes."""
         if pending is not None:

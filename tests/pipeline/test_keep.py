@@ -133,6 +133,18 @@ def test_saved(tmp_path: Path, lease: Lease, background: bool) -> None:
     assert len(keeper.said) == 1
 
 
+def test_completing_at_a_step_is_saving(tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renaming and removing may take long on a shared disk: no step hangs meanwhile."""
+    keeper = keeper_of(lease)
+    keeper.save(0, 3, 8, 3)
+    keeper.pending.files.wait()
+    phases = list[str]()
+    monkeypatch.setattr(Checkpoints, "prune", lambda *_: phases.append(module.ACTIVITY.now.phase))
+    with module.ACTIVITY("training"):
+        boundary(keeper)
+        assert phases == ["saving"] and module.ACTIVITY.now.phase == "training"
+
+
 def test_files_that_deepspeed_writes_itself(tmp_path: Path, lease: Lease) -> None:
     """As under NVMe offload: they are hashed too."""
     keeper = keeper_of(lease)

@@ -68,13 +68,14 @@ def test_what_a_part_may_take(clock: Clock, longest: float | None, minutes: floa
     """20 times as long as ever before, within limits; the first time, and for reading, what the settings say."""
     dog = watchdog(clock, minutes=30.0)
     if longest is not None:
-        for part in ("forward", "data_wait"):
+        for part in ("forward", "data_wait", ""):
             dog.activity.enter("training", part)
             clock.now += longest
         dog.activity.enter("training", "forward")
     assert dog.allowed(dog.activity.now) == 60 * minutes
-    dog.activity.enter("training", "data_wait")
-    assert dog.allowed(dog.activity.now) == 60 * 30
+    for part in ("data_wait", ""):
+        dog.activity.enter("training", part)
+        assert dog.allowed(dog.activity.now) == 60 * 30
     dog.activity.enter("validating", "forward")
     assert dog.allowed(dog.activity.now) == 60 * 30
 
