@@ -130,7 +130,7 @@ def refuse_damaged(checkpoint: Checkpoint, world: World) -> None:
 
 def write_state(folder: Path, state: RunState) -> None:
     """Write state.json to a folder, which is made where it is not there."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
 
@@ -234,7 +234,6 @@ class Checkpoints:
         files = Files(folder, world.rank, background, self._fence if world.main else lambda: None)
         if world.main:
             shutil.rmtree(folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
             files.add(lambda: write_state(folder, state), folder / "state.json")
         with handed_to(files, engine):  # which begins with a barrier
             engine.save_checkpoint(

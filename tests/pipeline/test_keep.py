@@ -37,7 +37,7 @@ class Engine:
         self.writes: Callable[[], object] = lambda: None
         """Called before a file is written"""
         self.checkpoint_engine: Any = SimpleNamespace(
-            create=lambda info: None, save=self._save, load=torch.load, commit=lambda info: True
+            create=lambda info: None, makedirs=os.makedirs, save=self._save, load=torch.load, commit=lambda info: True
         )
 
     def _save(self, state: Any, path: str) -> None:
@@ -49,7 +49,7 @@ class Engine:
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         assert not save_latest
-        Path(folder, tag).mkdir(exist_ok=True)
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}", exist_ok=True)
         self.checkpoint_engine.save({"weights": self.weights}, f"{folder}/{tag}/rank{self.rank}_states.pt")
         if self.rank == 0:
             self._copy_recovery_script(folder)
@@ -225,6 +225,16 @@ def test_one_rank_cannot_write(
         assert "the ones before are as they were" in line
     after = listing(tmp_path / "checkpoints")
     assert {name: text for name, text in after.items() if name != "zero_to_fp32.py"} == before
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_no_folder_can_be_made(tmp_path: Path, lease: Lease, background: bool) -> None:
+    """Rank 0 begins, and must not end alone in the middle of what all do together."""
+    (tmp_path / "checkpoints").write_text("a file")
+    keeper = keeper_of(lease, background)
+    with pytest.raises(UserError, match=r"rank 0 could not write a checkpoint"):
+        keeper.save(0, 3, 8, 3)
+        keeper.finish()
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "best-stage0.json", "latest"])
