@@ -313,7 +313,8 @@ class Run:
             found["val/autoregressive_steps"], found["val/unusable_rows"],
         )  # fmt: skip
         if not math.isfinite(found["val/loss"]):
-            raise UserError(f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr")
+            told = f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr"
+            self.keeper.give_up(told)
         if found["val/accuracy"] > self.keeper.best(stage):
             self._save(stage, done, global_step, found)
 

@@ -245,10 +245,10 @@ class Keeper:
         self.load(start)
         return start
 
-    def give_up(self, told: str) -> NoReturn:
+    def give_up(self, *told: str) -> NoReturn:
         """End with `told` on every rank, when the checkpoint that is being written is complete.  Raises UserError."""
         self.finish("the run stops")
-        raise UserError(told)
+        raise UserError(*told)
 
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""
