@@ -111,7 +111,7 @@ class Handing(CheckpointEngine):
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
-            os.makedirs(path, exist_ok=exist_ok)
+            self.inner.makedirs(path, exist_ok=exist_ok)
         except OSError as error:
             self.files.error = error
 
