@@ -24,6 +24,7 @@ from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
 from pipeline.watching.activity import Activity
+from pipeline.watching.guard import GuardState
 from pipeline.watching.heartbeat import Heartbeat
 from pipeline.watching.monitor import Monitor
 from tests.pipeline.test_plan import STATE, settings, write_checkpoint
@@ -284,6 +285,23 @@ def test_best_is_named_before_its_checkpoint(tmp_path: Path, lease: Lease, monke
     assert (tmp_path / "best-stage0.json").exists() and keeper.best(0) == -1
     write_checkpoint(tmp_path, STATE)
     assert keeper.best(0) == 0.25
+
+
+def test_what_to_roll_back_to(tmp_path: Path, lease: Lease) -> None:
+    """The newest that is as it was written, and not from amid the steps that went wrong; each once."""
+    keeper = keeper_of(lease, False, **{"train.keep_checkpoints": "3"})
+    keeper.log.warning = keeper.log.info
+    with pytest.raises(UserError, match="^why; there is no checkpoint to go back to"):
+        keeper.roll_back("why")
+    for step in (3, 6):
+        keeper.save(0, step, 8, step)
+    keeper.save(0, 7, 8, 7, guard=GuardState(in_a_row=2))
+    (tmp_path / "checkpoints" / "stage0-step000006" / "rank0_states.pt").write_text("")
+    start = keeper.roll_back("why")
+    assert start.path.name == "stage0-step000003" and start.checked
+    assert keeper.said[-1].endswith("stage0-step000006: rank0_states.pt is damaged")
+    with pytest.raises(UserError, match="^why; going back to stage0-step000003 did not help"):
+        keeper.roll_back("why")
 
 
 # ---- the folder is taken over -----------------------------------------------------------------
