@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.watching import states
-from pipeline.watching.activity import ACTIVITY, SHORT, Activity, Doing
+from pipeline.watching.activity import ACTIVITY, Activity, Doing
 from pipeline.watching.heartbeat import Heartbeat
 from pipeline.watching.states import State
 
@@ -65,7 +65,7 @@ class Watchdog:
     def allowed(self, doing: Doing) -> float:
         """Seconds that a part may last."""
         longest = self.activity.longest.get((doing.phase, doing.part))
-        if longest is None or doing.part in ("", "data_wait") or doing.phase not in SHORT:
+        if longest is None or doing.part in ("", "data_wait") or not doing.short:
             return self.limit
         return min(self.limit, max(LEAST, TIMES * longest))
 
@@ -81,7 +81,7 @@ class Watchdog:
             return False
         state = self._speak(over)
         told = over and self._held >= allowed + 2 * self.pause  # the others had the time to say where they stand
-        if self._seen.phase not in SHORT:
+        if not self._seen.short:
             if told and self._held >= (self._warnings + 1) * self.limit:
                 self._warnings += 1
                 self.warn()

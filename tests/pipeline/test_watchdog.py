@@ -99,6 +99,14 @@ def test_what_may_take_long(clock: Clock, phase: str, said: list[str]) -> None:
         assert looks(dog, clock, 100)
 
 
+@pytest.mark.parametrize("part", ["forward", "backward", "step"])
+def test_the_first_step_of_a_start(clock: Clock, part: str) -> None:
+    """Data and model are made by then: a network that does not come up is a hang."""
+    dog = watchdog(clock)
+    with dog.activity("starting", part):
+        assert not looks(dog, clock, 70) and looks(dog, clock, 30)
+
+
 # ---- ranks together ---------------------------------------------------------------------------
 def ranks(clock: Clock, folder: Path, parts: list[str], known: dict[str, float]) -> list[Any]:
     """Watchdogs of four ranks in a part each, of which some have ended before."""
