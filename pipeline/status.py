@@ -104,8 +104,8 @@ def lines(run: Path, beat: Beat, now: float) -> list[str]:
         out.append(f"stage {where.stage}: step {where.step} of {where.steps}, global step {where.global_step}")
         left = "" if where.left is None or said != "alive" else f", {span(where.left)} left in the stage"
         loss = "none" if where.loss is None else f"{where.loss:.4f}"
-        counts = {"skipped steps": "skipped", "rollbacks": "rollbacks"}
-        guarded = "".join(f", {n} {name}" for name, field in counts.items() if (n := getattr(where, field, 0)))
+        counts = {"skipped steps": where.skipped, "rollbacks": where.rollbacks}
+        guarded = "".join(f", {n} {name}" for name, n in counts.items() if n)
         out.append(f"loss {loss}, {where.rate:.2f} steps/s{left}, {where.bad_samples} bad samples{guarded}")
     done = sorted(int(p.stem[5:]) for p in run.glob("stage*.done") if p.stem[5:].isdigit())
     out.append("stages done: " + (", ".join(map(str, done)) or "none"))
