@@ -6,6 +6,7 @@
     checkpoints/latest                 name of the newest one, for DeepSpeed's own tools (zero_to_fp32.py)
     checkpoints/damaged-stage1-...     one that was not as written: kept, and never used again
     checkpoints/writing-TOKEN/         one that is being written, by the holder of that lease
+    checkpoints/writing-stage0-.../    one that is being removed
 
 A checkpoint is written under another name, each rank's files by itself (writing.py), hashed, renamed, and only then
 named in `latest`.  DeepSpeed unpickles its own files, so nothing is loaded whose hash is not the one that was written.
@@ -13,6 +14,7 @@ named in `latest`.  DeepSpeed unpickles its own files, so nothing is loaded whos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -298,6 +300,8 @@ class Checkpoints:
         kept = [*inside[-keep:], *self.to_go_back_to()[-1:]]
         for checkpoint in (c for c in inside if c not in kept):
             self._fence()
-            # without its manifest it is no checkpoint any more, should the removal be cut short
-            (checkpoint.path / "manifest.json").unlink()
-            shutil.rmtree(checkpoint.path)
+            # under that name it is no checkpoint any more, should the removal be cut short
+            going = checkpoint.path.with_name(f"{WRITING}-{checkpoint.path.name}")
+            with contextlib.suppress(OSError):  # somebody reads it on NFS, say: the next start removes what is left
+                os.rename(checkpoint.path, going)
+                shutil.rmtree(going)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_prune(tmp_path: Path) -> None:
     (tmp_path / "best-stage0.json").write_text("")
     checkpoints.prune(1)
     assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
+
+
+def test_prune_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old checkpoint that cannot be removed whole ends no run, is none any more, and goes at the next start."""
+    checkpoints = run_folder(tmp_path, inside={0: 3})
+    newest = write_checkpoint(tmp_path, replace(STATE, step=6))
+
+    def rmtree(path: Path, **_: object) -> None:
+        raise OSError(39, "Directory not empty", ".nfs0001")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        checkpoints.prune(1)
+    assert [c.path for c in checkpoints.all()] == [newest] and len(list(checkpoints.folder.iterdir())) == 2
+    checkpoints.remove_unfinished()
+    assert list(checkpoints.folder.iterdir()) == [newest]
 
 
 def test_prune_keeps_what_to_roll_back_to(tmp_path: Path) -> None:
