@@ -33,6 +33,7 @@ from pipeline.data.unusable import Unusable
 from pipeline.data.workers import lost_workers_told
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, reset_optimizer
+from pipeline.keeping.checkpoint import Checkpoint
 from pipeline.keeping.keep import Keeper, full_disk_told
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.resume import from_sound
@@ -142,10 +143,10 @@ class Run:
         self._leave_if_asked()
         return base
 
-    def _leave_if_asked(self) -> None:
+    def _leave_if_asked(self, when: str = "before the first step") -> None:
         """End here, where no step has been trained that would have to be saved; ranks call it together."""
         if total([self.stop.requested], self.device)[0]:
-            self.log.info("stopped on request before the first step; start again to go on")
+            self.log.info("stopped on request %s; start again to go on", when)
             raise SystemExit(STOPPED)
 
     def train(self) -> None:
@@ -163,20 +164,20 @@ class Run:
             self.monitor.mark("restarts", first, self.heartbeat.restarts, self._start_told())
         for stage, start in starts.items():
             if stage in self.plan.starts:
-                self._load(stage)
+                self._load(self.plan.starts[stage])
+                self.guard.state = self.plan.starts[stage].state.guard
             if start == 0:
                 self._begin_stage(stage)
             self.run_stage(stage, start, lengths)
         self.monitor.close()
         self.log.info("TensorBoard: tensorboard --logdir %s", self.out / "tensorboard")
 
-    def _load(self, stage: int) -> None:
+    def _load(self, start: Checkpoint, when: str = "before the first step") -> None:
         try:
-            self.keeper.load(self.plan.starts[stage])
+            self.keeper.load(start)
         except UserError:
-            self._leave_if_asked()  # the signal has ended the program that converted the checkpoint, too
+            self._leave_if_asked(when)  # the signal has ended the program that converted the checkpoint, too
             raise
-        self.guard.state = self.plan.starts[stage].state.guard
 
     def _begin_stage(self, stage: int) -> None:
         if stage > 0 and self.config.curriculum.reset_optimizer:
@@ -263,6 +264,7 @@ class Run:
             f" wrong. Lower optim.lr, or look at their rows, which {self.out / 'metrics.jsonl'} names"
         )
         start = self.keeper.roll_back(told) if limit else self.keeper.give_up(told)
+        self._load(start, f"while going back to {start.path.name}")
         if start.state.stage < stage:
             self._begin_stage(stage)
         self.guard.rolled_back()
@@ -313,7 +315,8 @@ class Run:
             found["val/autoregressive_steps"], found["val/unusable_rows"],
         )  # fmt: skip
         if not math.isfinite(found["val/loss"]):
-            raise UserError(f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr")
+            told = f"stage {stage} step {done}: the validation loss is {found['val/loss']}; lower optim.lr"
+            self.keeper.give_up(told)
         if found["val/accuracy"] > self.keeper.best(stage):
             self._save(stage, done, global_step, found)
 

@@ -69,9 +69,12 @@ class Update:
         mine = [labels, columns, *Unusable.counts(micro_batches), self.stop.requested, self.keeper.report()]
         labels, columns, bad, overlong, dropped, stopping, reports = (int(n) for n in total(mine, device))
         self.keeper.agree(reports)
-        self.unusable.note(micro_batches, bad, overlong, dropped)
+        try:
+            self.unusable.note(micro_batches, bad, overlong, dropped)
+        except UserError as error:
+            self.keeper.give_up(*error.lines)
         if not labels and not bad:  # bad rows have a limit of their own
-            raise UserError(
+            self.keeper.give_up(
                 f"no row of step {global_step + 1} can be trained on: {overlong} are longer than prompt.max_tokens"
                 f" {self.config.prompt.max_tokens}; raise it"
             )

@@ -6,6 +6,7 @@
     checkpoints/latest                 name of the newest one, for DeepSpeed's own tools (zero_to_fp32.py)
     checkpoints/damaged-stage1-...     one that was not as written: kept, and never used again
     checkpoints/writing-TOKEN/         one that is being written, by the holder of that lease
+    checkpoints/writing-stage0-.../    one that is being removed
 
 A checkpoint is written under another name, each rank's files by itself (writing.py), hashed, renamed, and only then
 named in `latest`.  DeepSpeed unpickles its own files, so nothing is loaded whose hash is not the one that was written.
@@ -13,6 +14,7 @@ named in `latest`.  DeepSpeed unpickles its own files, so nothing is loaded whos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -130,7 +132,7 @@ def refuse_damaged(checkpoint: Checkpoint, world: World) -> None:
 
 def write_state(folder: Path, state: RunState) -> None:
     """Write state.json to a folder, which is made where it is not there."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
 
@@ -149,6 +151,10 @@ class Checkpoints:
         found = [Checkpoint(path, state) for path, state in self._states() if state is not None]
         return sorted(found, key=lambda c: (c.state.stage, c.state.step))
 
+    def to_go_back_to(self) -> list[Checkpoint]:
+        """Those that were not written amid steps that went wrong, oldest first."""
+        return [checkpoint for checkpoint in self.all() if not checkpoint.state.guard.in_a_row]
+
     def unreadable(self) -> list[Path]:
         """Complete checkpoints whose state.json is damaged: nothing tells where they belong."""
         return sorted(path for path, state in self._states() if state is None)
@@ -162,7 +168,8 @@ class Checkpoints:
             except (OSError, ValueError):
                 if _state_as_written(path):
                     raise UserError(
-                        f"checkpoint {path}: state.json is of another version; remove this folder"
+                        f"checkpoint {path} is of another version of this program, and only that can go on with it;"
+                        f" do so, or choose another --out"
                     ) from None
                 yield path, None
 
@@ -229,7 +236,6 @@ class Checkpoints:
         files = Files(folder, world.rank, background, self._fence if world.main else lambda: None)
         if world.main:
             shutil.rmtree(folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
             files.add(lambda: write_state(folder, state), folder / "state.json")
         with handed_to(files, engine):  # which begins with a barrier
             engine.save_checkpoint(
@@ -287,14 +293,15 @@ class Checkpoints:
         assert loaded is not None, f"DeepSpeed found nothing in {checkpoint.path}"
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, stage ends and those that validation found best."""
+        """Remove all but the newest `keep`, stage ends, those that validation found best, and what to roll back to."""
         found = self.all()
         protected = {best[0] for stage in {c.state.stage for c in found} if (best := self.best(stage))}
         inside = [c for c in found if not c.state.stage_done and c.path.name not in protected]
-        for checkpoint in inside[:-keep]:
+        kept = [*inside[-keep:], *self.to_go_back_to()[-1:]]
+        for checkpoint in (c for c in inside if c not in kept):
             self._fence()
-            # by this name it is no checkpoint any more, and goes at the next start should its removal be cut short
-            gone = checkpoint.path.with_name(f"{WRITING}-gone-{checkpoint.path.name}")
-            shutil.rmtree(gone, ignore_errors=True)
-            os.rename(checkpoint.path, gone)
-            shutil.rmtree(gone)
+            # under that name it is no checkpoint any more, should the removal be cut short
+            going = checkpoint.path.with_name(f"{WRITING}-{checkpoint.path.name}")
+            with contextlib.suppress(OSError):  # somebody reads it on NFS, say: the next start removes what is left
+                os.rename(checkpoint.path, going)
+                shutil.rmtree(going)

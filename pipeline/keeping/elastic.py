@@ -35,6 +35,7 @@ from pipeline.distributed import World
 from pipeline.engine import reset_optimizer
 from pipeline.keeping.checkpoint import Checkpoint, RunState, refuse_damaged, write_state
 from pipeline.keeping.writing import entry_of
+from pipeline.prepare import in_a_line
 from pipeline.watching.watch import run_to_end
 
 REST = "rest.safetensors"
@@ -88,20 +89,23 @@ def convert(checkpoint: Checkpoint, world: World, log: logging.Logger) -> Checkp
             began = time.monotonic()
             try:
                 write_universal(checkpoint, writing)
+                write_state(writing, checkpoint.state)
                 log.info("converted %s for any number of ranks (%.1f s)", source, time.monotonic() - began)
-            except UserError as error:
-                problem = error
+            except Exception as error:  # torch, safetensors and a full disk raise what they like; the others wait
+                problem = error if isinstance(error, UserError) else UserError(_told(source, in_a_line(error)))
+                shutil.rmtree(folder, ignore_errors=True)
     problem, writing, there = distributed.from_main((problem, writing, there))
     if problem is not None:
         raise problem
     return Checkpoint(path, checkpoint.state) if there else complete(writing, path, checkpoint.state, world)
 
 
+def _told(source: Path, reason: str) -> str:
+    return f"{source} cannot be converted for another number of ranks: {reason}"
+
+
 def complete(writing: Path, path: Path, state: RunState, world: World) -> Checkpoint:
-    """Make what ranks wrote to `writing` a checkpoint: state, hashes, its own name; all ranks call it together."""
-    if world.main:
-        write_state(writing, state)
-    distributed.barrier()
+    """Make what rank 0 wrote to `writing` a checkpoint: hashes, its own name; all ranks call it together."""
     files = sorted(p for p in writing.rglob("*") if p.is_file())[world.rank :: world.size]
     mine = {str(p.relative_to(writing)): entry_of(p) for p in files}
     manifests = distributed.gather(mine)
@@ -129,7 +133,7 @@ def write_universal(checkpoint: Checkpoint, folder: Path) -> None:
     )  # fmt: skip
     if status:
         lines = [line for line in said.splitlines() if line.strip()] or [f"status {status}"]
-        raise UserError(f"{source} cannot be converted for another number of ranks: {lines[-1]}")
+        raise UserError(_told(source, lines[-1]))
     for copy in folder.glob("*_model_states.pt"):
         copy.unlink()
     keep_little(folder / "zero" / "optimizer_state.pt")

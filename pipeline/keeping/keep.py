@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +23,7 @@ from pipeline.distributed import World
 from pipeline.engine import gathered_weights
 from pipeline.export import write_export
 from pipeline.keeping import elastic
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState
+from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState, damaged_file
 from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.writing import Files
@@ -169,6 +169,7 @@ class Keeper:
             except Exception as error:  # told by all at the next step
                 self.failure = self._told(error)
 
+    @ACTIVITY("saving")
     def _complete(self, pending: Pending) -> None:
         """Rank 0's part, when all have written theirs."""
         began = time.monotonic()
@@ -178,6 +179,7 @@ class Keeper:
         blocked, whole = pending.blocked + now - began, now - pending.began
         self.log.info("checkpoint %s: %.1f s blocked, %.1f s in all", checkpoint.path, blocked, whole)
 
+    @ACTIVITY("saving")
     def _give_up(self, pending: Pending | None) -> NoReturn:
         """End here, on all ranks, each with what went wrong on any; what was written so far goes."""
         if pending is not None:
@@ -222,31 +224,36 @@ class Keeper:
         else:
             elastic.load(self.parts.engine, start, self.world, without_frozen(self.config), self.log)
         if self.world.main:
-            self.lease.check()
-            elastic.remove_converted(self.out)
+            with contextlib.suppress(UserError):  # a lease that was lost is told by all, when the next step begins
+                self.lease.check()
+                elastic.remove_converted(self.out)
         check_loaded(self.parts.engine, start.state.weights, start.path)
         self.log.info("resumed from %s", start.path)
 
+    @ACTIVITY("starting")
     def roll_back(self, told: str) -> Checkpoint:
-        """Put the newest checkpoint before the steps that went wrong into the engine again, each at most once a start.
+        """The newest sound checkpoint before the steps that went wrong, to be loaded; each at most once a start.
 
         Raises UserError, on every rank, with `told` where there is none.
         """
         self.finish("training goes back to the one before")
-        found = [c for c in self.checkpoints.all() if not c.state.guard.in_a_row] if self.world.main else []
-        start = distributed.from_main(found[-1] if found else None)
+        found = self.checkpoints.to_go_back_to() if self.world.main else []
+        while (start := distributed.from_main(found.pop() if found else None)) is not None:
+            file = damaged_file(start, self.world)
+            if not file:
+                break
+            self.log.warning("checkpoint %s: %s is damaged", start.path, file)
         if start is None:
             self.give_up(f"{told}; there is no checkpoint to go back to")
         if start.path in self.gone_back:
             self.give_up(f"{told}; going back to {start.path.name} did not help")
         self.gone_back.add(start.path)
-        self.load(start)
-        return start
+        return replace(start, checked=True)
 
-    def give_up(self, told: str) -> NoReturn:
+    def give_up(self, *told: str) -> NoReturn:
         """End with `told` on every rank, when the checkpoint that is being written is complete.  Raises UserError."""
         self.finish("the run stops")
-        raise UserError(told)
+        raise UserError(*told)
 
     def best(self, stage: int) -> float:
         """The best accuracy that validation found in a stage; -1 before the first.  Rank 0's answer on all."""

@@ -109,6 +109,12 @@ class Handing(CheckpointEngine):
     def create(self, info: CheckpointCommitInfo) -> None:
         self.inner.create(info)
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            self.inner.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.files.error = error
+
     def save(self, state_dict: Any, path: str) -> None:
         if self.files.background:
             try:

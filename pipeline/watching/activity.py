@@ -25,6 +25,11 @@ class Doing:
     def __str__(self) -> str:
         return f"{self.phase} ({self.part})" if self.part else self.phase
 
+    @property
+    def short(self) -> bool:
+        """Whether it takes no longer than a part of a step; also of a start's first step, when all is made."""
+        return self.phase in SHORT or self.part in ("forward", "backward", "step")
+
 
 class Activity:
     """The present `Doing`.  Setting it costs a microsecond: no file, no GPU, no other rank."""

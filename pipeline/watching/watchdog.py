@@ -1,8 +1,9 @@
 """A rank that hangs says so and ends, so that its launcher ends the others: no node waits for hours on a dead step.
 
 A part of a step (forward, a collective, ...) may last 20 times as long as it ever did in this start, 2 minutes at least
-and `train.hang_minutes` at most.  The first of its kind, and reading, which is patient with servers, may always last
-`train.hang_minutes`.  What may take longer is only told: data and model being made, checkpoints, exports.
+and `train.hang_minutes` at most.  The first of its kind, and what waits for disks and servers, may always last
+`train.hang_minutes`: reading, and what is between the parts, where rank 0 writes its numbers.  What may take longer is
+only told: data and model being made, checkpoints, exports.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.watching import states
-from pipeline.watching.activity import ACTIVITY, SHORT, Activity, Doing
+from pipeline.watching.activity import ACTIVITY, Activity, Doing
 from pipeline.watching.heartbeat import Heartbeat
 from pipeline.watching.states import State
 
@@ -64,7 +65,7 @@ class Watchdog:
     def allowed(self, doing: Doing) -> float:
         """Seconds that a part may last."""
         longest = self.activity.longest.get((doing.phase, doing.part))
-        if longest is None or doing.part == "data_wait" or doing.phase not in SHORT:
+        if longest is None or doing.part in ("", "data_wait") or not doing.short:
             return self.limit
         return min(self.limit, max(LEAST, TIMES * longest))
 
@@ -80,7 +81,7 @@ class Watchdog:
             return False
         state = self._speak(over)
         told = over and self._held >= allowed + 2 * self.pause  # the others had the time to say where they stand
-        if self._seen.phase not in SHORT:
+        if not self._seen.short:
             if told and self._held >= (self._warnings + 1) * self.limit:
                 self._warnings += 1
                 self.warn()

@@ -16,6 +16,7 @@ from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
 from pipeline.keeping.keep import full_disk_told
+from pipeline.watching.guard import GuardState
 from tests.pipeline.test_plan import STATE, run_folder, write_checkpoint
 
 
@@ -55,7 +56,7 @@ def test_damaged_state(sound: Checkpoint, text: str) -> None:
     with pytest.raises(UserError, match=r"has no sound checkpoint, only damaged ones .stage0-step000008.; to begin"):
         checkpoints.refuse_none_left()
     manifest_of(sound.path)
-    with pytest.raises(UserError, match=r"state.json is of another version; remove this folder"):
+    with pytest.raises(UserError, match=r"another version of this program, .* choose another --out"):
         checkpoints.all()
 
 
@@ -105,26 +106,31 @@ def test_prune(tmp_path: Path) -> None:
     assert [(c.state.stage, c.state.step) for c in checkpoints.all()] == [(0, 8), (1, 2), (1, 4)]
 
 
-def test_a_removal_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing takes what is left for a checkpoint, and the next start removes it."""
-    checkpoints = run_folder(tmp_path, 0, inside={1: 3})
-    gone = write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))
-    write_checkpoint(tmp_path, replace(STATE, stage=1, step=7))
+def test_prune_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old checkpoint that cannot be removed whole ends no run, is none any more, and goes at the next start."""
+    checkpoints = run_folder(tmp_path, inside={0: 3})
+    newest = write_checkpoint(tmp_path, replace(STATE, step=6))
 
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            (path / "manifest.json").unlink()
-            raise KeyboardInterrupt
+    def rmtree(path: Path, **_: object) -> None:
+        raise OSError(39, "Directory not empty", ".nfs0001")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.prune(1)
-    assert not gone.exists() or (gone / "manifest.json").exists()
+        patch.setattr(shutil, "rmtree", rmtree)
+        checkpoints.prune(1)
+    assert [c.path for c in checkpoints.all()] == [newest] and len(list(checkpoints.folder.iterdir())) == 2
     checkpoints.remove_unfinished()
+    assert list(checkpoints.folder.iterdir()) == [newest]
+
+
+def test_prune_keeps_what_to_roll_back_to(tmp_path: Path) -> None:
+    """A stop amid steps that go wrong is a checkpoint, too, but none to go back to."""
+    checkpoints = run_folder(tmp_path, 0, inside={1: 3})
+    write_checkpoint(tmp_path, replace(STATE, stage=1, step=5, guard=GuardState(in_a_row=2)))
     checkpoints.prune(1)
-    left = sorted(path.name for path in checkpoints.folder.iterdir() if path.is_dir())
-    assert left == ["stage0-step000008", "stage1-step000007"]
+    assert [c.state.step for c in checkpoints.all()] == [8, 3, 5]
+    write_checkpoint(tmp_path, replace(STATE, stage=1, step=6))
+    checkpoints.prune(1)
+    assert [c.state.step for c in checkpoints.all()] == [8, 6]
 
 
 FULL = [

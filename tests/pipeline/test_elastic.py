@@ -74,6 +74,20 @@ def test_failed_conversion(tmp_path: Path, alone: None, monkeypatch: pytest.Monk
         elastic.convert(source, World(), LOG)
 
 
+def test_disk_full_while_converting(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by all ranks, which wait for rank 0; what was written, as large as the checkpoint, goes."""
+
+    def write(checkpoint: Checkpoint, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(elastic, "write_universal", write)
+    source = Checkpoint(write_checkpoint(tmp_path, STATE), STATE)
+    with pytest.raises(UserError, match=r"step000008 cannot be converted .*No space left on device$"):
+        elastic.convert(source, World(), LOG)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [source.path.name]
+
+
 def test_rest_of_shared_weights(tmp_path: Path) -> None:
     """ZeRO-3: frozen weights from every rank's part, and buffers as they are; what is trained stays out."""
     frozen = torch.arange(7.0)

@@ -173,8 +173,9 @@ def test_a_process_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_guards_are_told(tmp_path: Path) -> None:
-    where = replace(WHERE, skipped=2, rollbacks=1)
-    lines = status.lines(tmp_path, replace(BEAT, where=where), BEAT.time)
+    """Of a run that counts them."""
+    beat = replace(BEAT, where=replace(WHERE, skipped=2, rollbacks=1))
+    lines = status.lines(tmp_path, beat, BEAT.time)
     assert "loss 0.2500, 2.00 steps/s, 2 s left in the stage, 3 bad samples, 2 skipped steps, 1 rollbacks" in lines
 
 

@@ -24,6 +24,7 @@ from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
 from pipeline.watching.activity import Activity
+from pipeline.watching.guard import GuardState
 from pipeline.watching.heartbeat import Heartbeat
 from pipeline.watching.monitor import Monitor
 from tests.pipeline.test_plan import STATE, settings, write_checkpoint
@@ -37,7 +38,7 @@ class Engine:
         self.writes: Callable[[], object] = lambda: None
         """Called before a file is written"""
         self.checkpoint_engine: Any = SimpleNamespace(
-            create=lambda info: None, save=self._save, load=torch.load, commit=lambda info: True
+            create=lambda info: None, makedirs=os.makedirs, save=self._save, load=torch.load, commit=lambda info: True
         )
 
     def _save(self, state: Any, path: str) -> None:
@@ -49,7 +50,7 @@ class Engine:
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         assert not save_latest
-        Path(folder, tag).mkdir(exist_ok=True)
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}", exist_ok=True)
         self.checkpoint_engine.save({"weights": self.weights}, f"{folder}/{tag}/rank{self.rank}_states.pt")
         if self.rank == 0:
             self._copy_recovery_script(folder)
@@ -131,6 +132,18 @@ def test_saved(tmp_path: Path, lease: Lease, background: bool) -> None:
     boundary(keeper)
     keeper.finish()
     assert len(keeper.said) == 1
+
+
+def test_completing_at_a_step_is_saving(tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renaming and removing may take long on a shared disk: no step hangs meanwhile."""
+    keeper = keeper_of(lease)
+    keeper.save(0, 3, 8, 3)
+    keeper.pending.files.wait()
+    phases = list[str]()
+    monkeypatch.setattr(Checkpoints, "prune", lambda *_: phases.append(module.ACTIVITY.now.phase))
+    with module.ACTIVITY("training"):
+        boundary(keeper)
+        assert phases == ["saving"] and module.ACTIVITY.now.phase == "training"
 
 
 def test_files_that_deepspeed_writes_itself(tmp_path: Path, lease: Lease) -> None:
@@ -215,6 +228,16 @@ def test_one_rank_cannot_write(
     assert {name: text for name, text in after.items() if name != "zero_to_fp32.py"} == before
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_no_folder_can_be_made(tmp_path: Path, lease: Lease, background: bool) -> None:
+    """Rank 0 begins, and must not end alone in the middle of what all do together."""
+    (tmp_path / "checkpoints").write_text("a file")
+    keeper = keeper_of(lease, background)
+    with pytest.raises(UserError, match=r"rank 0 could not write a checkpoint"):
+        keeper.save(0, 3, 8, 3)
+        keeper.finish()
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "best-stage0.json", "latest"])
 def test_rank_0_cannot_complete_it(tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """Told by all ranks when the next step begins, not by rank 0 alone while others wait for it."""
@@ -262,6 +285,23 @@ def test_best_is_named_before_its_checkpoint(tmp_path: Path, lease: Lease, monke
     assert (tmp_path / "best-stage0.json").exists() and keeper.best(0) == -1
     write_checkpoint(tmp_path, STATE)
     assert keeper.best(0) == 0.25
+
+
+def test_what_to_roll_back_to(tmp_path: Path, lease: Lease) -> None:
+    """The newest that is as it was written, and not from amid the steps that went wrong; each once."""
+    keeper = keeper_of(lease, False, **{"train.keep_checkpoints": "3"})
+    keeper.log.warning = keeper.log.info
+    with pytest.raises(UserError, match="^why; there is no checkpoint to go back to"):
+        keeper.roll_back("why")
+    for step in (3, 6):
+        keeper.save(0, step, 8, step)
+    keeper.save(0, 7, 8, 7, guard=GuardState(in_a_row=2))
+    (tmp_path / "checkpoints" / "stage0-step000006" / "rank0_states.pt").write_text("")
+    start = keeper.roll_back("why")
+    assert start.path.name == "stage0-step000003" and start.checked
+    assert keeper.said[-1].endswith("stage0-step000006: rank0_states.pt is damaged")
+    with pytest.raises(UserError, match="^why; going back to stage0-step000003 did not help"):
+        keeper.roll_back("why")
 
 
 # ---- the folder is taken over -----------------------------------------------------------------

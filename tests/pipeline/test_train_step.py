@@ -21,7 +21,9 @@ from pipeline.data.unusable import Unusable
 from pipeline.ds_config import Triangle
 from pipeline.summary import stage_losses
 from pipeline.update import Update
+from pipeline.watching.guard import Guard, GuardState
 from pipeline.watching.monitor import Monitor, Stopwatch
+from pipeline.watching.watch import STOPPED
 from tests.pipeline.test_plan import settings
 from tests.pipeline.tiny import FORMAT
 
@@ -54,7 +56,11 @@ def update(monkeypatch: pytest.MonkeyPatch) -> Update:
     update: Any = Update.__new__(Update)
     update.config, update.triangle, update.world = settings(), Triangle(2, 2, 1, 1), distributed.World()
     update.stop = SimpleNamespace(requested=False)
-    update.keeper = SimpleNamespace(report=lambda: 0, agree=lambda reports: None)
+
+    def give_up(*told: str) -> None:
+        raise UserError(*told, "and the checkpoint that was being written is complete")
+
+    update.keeper = SimpleNamespace(report=lambda: 0, agree=lambda reports: None, give_up=give_up)
     update.said = []
     log: Any = SimpleNamespace(warning=lambda *a: update.said.append(a[0] % a[1:]))
     update.unusable = Unusable(100, log, Path("logs"))
@@ -84,7 +90,7 @@ def test_sound_step(update: Any) -> None:
 
 
 def test_step_of_nothing_is_refused(update: Any) -> None:
-    with pytest.raises(UserError, match="no row of step 5 can be trained on: 2 are longer than prompt.max_tokens 3400"):
+    with pytest.raises(UserError, match="no row of step 5 can be trained on: 2 are longer than .* 3400(.|\n)*complete"):
         step(update, rows(0, 0))
     assert not update.engine.stepped
 
@@ -135,6 +141,30 @@ def test_max_bad_is_a_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="as far as"):
             command.main(ds=Path("x.json"), data="d", **options)
     assert [(data.max_bad, data.path) for data in given] == [(7, "d")] * 2
+
+
+def test_asked_to_stop_while_going_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal may have ended the converter, too: that is a stop, after which the job is queued again."""
+    monkeypatch.setattr(command, "total", lambda values, device: [float(value) for value in values])
+    run: Any = command.Run.__new__(command.Run)
+    run.guard = Guard(1, 0.0, GuardState(in_a_row=1))
+    run.config, run.out, run.device, run.stop = settings(), Path("run"), CPU, SimpleNamespace(requested=True)
+    run.monitor = SimpleNamespace(mark=lambda *_: None, scalars=lambda *_: None)
+    said = []
+    run.log = SimpleNamespace(warning=lambda *_: None, info=lambda *a: said.append(a[0] % a[1:]))
+
+    def load(start: Any) -> None:
+        raise UserError("it cannot be converted: status -15")
+
+    start = SimpleNamespace(path=Path("stage0-step000003"))
+    run.keeper = SimpleNamespace(roll_back=lambda told: start, load=load)
+    with pytest.raises(SystemExit) as end:
+        run._tell_wrong(0, 5, 4, 1e-3, "loss nan", [])
+    assert end.value.code == STOPPED
+    assert said == ["stopped on request while going back to stage0-step000003; start again to go on"]
+    run.stop.requested = False
+    with pytest.raises(UserError, match="it cannot be converted"):
+        run._tell_wrong(0, 5, 4, 1e-3, "loss nan", [])
 
 
 # ---- validation -------------------------------------------------------------------------------

@@ -68,13 +68,14 @@ def test_what_a_part_may_take(clock: Clock, longest: float | None, minutes: floa
     """20 times as long as ever before, within limits; the first time, and for reading, what the settings say."""
     dog = watchdog(clock, minutes=30.0)
     if longest is not None:
-        for part in ("forward", "data_wait"):
+        for part in ("forward", "data_wait", ""):
             dog.activity.enter("training", part)
             clock.now += longest
         dog.activity.enter("training", "forward")
     assert dog.allowed(dog.activity.now) == 60 * minutes
-    dog.activity.enter("training", "data_wait")
-    assert dog.allowed(dog.activity.now) == 60 * 30
+    for part in ("data_wait", ""):
+        dog.activity.enter("training", part)
+        assert dog.allowed(dog.activity.now) == 60 * 30
     dog.activity.enter("validating", "forward")
     assert dog.allowed(dog.activity.now) == 60 * 30
 
@@ -96,6 +97,14 @@ def test_what_may_take_long(clock: Clock, phase: str, said: list[str]) -> None:
     assert len(said) == 3 and all(f"rank 3 on {gethostname()} waits: {phase} (collective) for" in line for line in said)
     with dog.activity("validating", "answer"):
         assert looks(dog, clock, 100)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "step"])
+def test_the_first_step_of_a_start(clock: Clock, part: str) -> None:
+    """Data and model are made by then: a network that does not come up is a hang."""
+    dog = watchdog(clock)
+    with dog.activity("starting", part):
+        assert not looks(dog, clock, 70) and looks(dog, clock, 30)
 
 
 # ---- ranks together ---------------------------------------------------------------------------
