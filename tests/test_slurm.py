@@ -37,6 +37,9 @@ import json, os, pathlib, signal, socket, sys, time
 env = dict(os.environ)
 option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
+if program == env.get("ASKED_IN") != "pipeline/train.py" and "SLURM_RESTART_COUNT" not in env:
+    pathlib.Path(env["OUT"], "ready" + env["SLURM_PROCID"]).touch()
+    time.sleep(60)
 if program == "slurm/health.py":
     if sys.argv[2] == "judge":
         os.execv("{python}", ["{python}", "-IS", *sys.argv[1:]])
@@ -218,8 +221,8 @@ def test_sbatch_options_and_variables_change_the_number_of_ranks(project: Projec
         "0,1",
     )
 
-    env = {"TASKS_PER_NODE": "2", "OUT": "runs/cpu", "SLURM_DISTRIBUTION": "cyclic"}
-    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch", **env)
+    only = "--export=TASKS_PER_NODE=2,OUT=runs/cpu,HEALTH_CHECK=0,SLURM_DISTRIBUTION=cyclic"
+    job, log = project.run("--gpus-per-node", "0", only, "slurm/stage0.sbatch")
     assert job["JobState"] == "COMPLETED", log
     ranks = project.ranks("runs/cpu")
     assert [record["host"] for record in ranks] == ["node1", "node1", "node2", "node2"]
@@ -252,11 +255,14 @@ def test_no_marker_is_a_failure(project: Project) -> None:
 
 
 # ---- going on by itself ------------------------------------------------------------------------------------
-def asked_to_stop(project: Project, *signal: str) -> int:
-    """A job of 2 ranks that got a signal while they trained; `scancel` with its options."""
-    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1"}
-    job = project.cluster.submit("slurm/stage0.sbatch", env=env, cwd=project.root)
-    while not all((project.root / "runs" / "demo" / f"ready{rank}").exists() for rank in range(2)):
+def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train.py") -> int:
+    """A job of 2 ranks that got a signal while they were in a program; `scancel` with its options."""
+    out = f"runs/{Path(program).stem}"
+    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1", "OUT": out}
+    env |= {"ASKED_IN": program, "HEALTH_CHECK": "30", "LOCAL_DATA": "/local", "DATA": "data"}
+    small = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
+    job = project.cluster.submit(*small, "slurm/stage0.sbatch", env=env, cwd=project.root)
+    while not all((project.root / out / f"ready{rank}").exists() for rank in range(2)):
         assert project.cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING")
         time.sleep(0.1)
     project.cluster.run("scancel", *signal, str(job))
@@ -264,18 +270,24 @@ def asked_to_stop(project: Project, *signal: str) -> int:
 
 
 def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> None:
-    first = asked_to_stop(project, "--signal=USR1")
-    after = ("--wrap=true", "--output=/dev/null", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
-    second = project.cluster.submit(*after)
-    job = project.cluster.wait(first)
-    log = Path(job["StdOut"]).read_text()
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    assert "training was asked to stop; queued again, to go on from stage0-step000003" in log
-    assert log.count("stage 0 of runs/demo, 2 nodes x 1 ranks") == 2  # one log of both starts
-    # a step number of its own: the srun of a start that was cut off would end one of the same number
-    assert project.ranks()[0]["env"]["SLURM_STEP_ID"] == "3"
+    """Before it handles signals, too: nobody's node is unfit for that."""
+    programs = {"slurm/health.py": "its beginning", "slurm/local_data.py": "its beginning"}
+    programs |= {"pipeline/train.py": "stage0-step000003"}
+    jobs = {program: asked_to_stop(project, "--signal=USR1", program=program) for program in programs}
+    after = f"--dependency=afterok:{jobs['pipeline/train.py']}"
+    second = project.cluster.submit("--wrap=true", "--output=/dev/null", after, "--kill-on-invalid-dep=yes")
+    for program, job in jobs.items():
+        fields = project.cluster.wait(job)
+        log, out = Path(fields["StdOut"]).read_text(), f"runs/{Path(program).stem}"
+        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+        assert f"training was asked to stop; queued again, to go on from {programs[program]}\n" in log
+        # one log of both starts
+        assert log.count(f"stage 0 of {out}, 2 nodes x 1 ranks") == 1 + (program == "pipeline/train.py")
+        # a step number of its own: the srun of a start that was cut off would end one of the same number
+        assert project.ranks(out)[0]["env"]["SLURM_STEP_ID"] == "5"
+        names = {path.name for path in (project.root / out).iterdir() if not path.name.startswith("ready")}
+        assert names - {"checkpoints"} == {"ranks", "slurm_restarts", "stage0.done"}
     assert project.cluster.wait(second)["JobState"] == "COMPLETED"
-    assert sorted(path.name for path in (project.root / "runs/demo").glob("slurm*")) == ["slurm_restarts"]
 
 
 def test_a_cancelled_stage_stays_cancelled(project: Project) -> None:

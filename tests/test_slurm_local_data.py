@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from data_prep import files
 from data_prep.errors import UserError
 from data_prep.index import read_manifest
 from data_prep.making.verify import check_folder
-from pipeline.watching.watch import STOPPED
 
 PROGRAM = Path(__file__).resolve().parents[1] / "slurm" / "local_data.py"
 
@@ -76,21 +73,6 @@ def test_two_at_once(copier: SimpleNamespace, source: Path, tmp_path: Path) -> N
         done = list(pool.map(lambda _: copier.copy_folder(source, tmp_path / "shards"), range(2)))
     assert sorted(copied for copied, _ in done) == [0, size(source)]
     check_folder(tmp_path / "shards")
-
-
-def test_a_job_that_is_asked_to_stop_is_queued_again(
-    copier: SimpleNamespace, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[int] = []
-    before = signal.getsignal(signal.SIGUSR1)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    try:
-        copier.main(data=source, local=tmp_path / "local")
-        os.kill(os.getpid(), signal.SIGUSR1)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert ended == [copier.STOPPED]
-    assert copier.STOPPED == STOPPED
 
 
 def test_what_is_refused(
