@@ -51,14 +51,14 @@ def files_of(manifest: dict[str, Any]) -> Iterator[File]:
 
 
 def main(*, data: Path, local: Path) -> None:
-    """Copy the shard folder --data into a folder of its name in --local, and check it.
+    """Copy the shard folder --data to the folder --local, and check it.
 
     Raises UserError: no shard folder, too little space, or a file that is not as it was written.
     """
-    began, folder = time.monotonic(), local / data.resolve().name
-    copied, kept = copy_folder(data, folder)
+    began = time.monotonic()
+    copied, kept = copy_folder(data, local)
     print(
-        f"{socket.gethostname()}: {folder}: {copied / 1e6:.1f} MB copied, {kept / 1e6:.1f} MB were there,"
+        f"{socket.gethostname()}: {local}: {copied / 1e6:.1f} MB copied, {kept / 1e6:.1f} MB were there,"
         f" {time.monotonic() - began:.0f} s"
     )
 

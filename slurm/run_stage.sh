@@ -24,6 +24,7 @@ stage=$1
 shift
 [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] ||
   fail "not in a Slurm job; from the project root: sbatch slurm/stage$stage.sbatch"
+[[ -z ${SLURM_ARRAY_JOB_ID:-}${SLURM_HET_SIZE:-} ]] || fail "a stage is one job, so not --array, nor one of parts"
 
 enter_project
 find_ds
@@ -37,7 +38,8 @@ find_python
 tasks=${TASKS_PER_NODE:-${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
 [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
   fail "no GPUs in this job: sbatch --gpus-per-node N, or set GPUS_PER_NODE (on CPUs: TASKS_PER_NODE)"
-cpus=${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} # the first node's; the variable looks like 64(x2),32
+# the smallest node's; the variable looks like 64(x2),32
+cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p)
 cpus=$((cpus / tasks))
 ((cpus > 0)) || cpus=1
 
@@ -49,11 +51,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 export SLURM_EXPORT_ENV=ALL # to the ranks, under sbatch --export=NONE, too
 unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide Slurm's ranks
 
-read -r -a extra <<<"${EXTRA:-}"
-read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+words_of extra "${EXTRA:-}"
+words_of srun_extra "${SRUN_EXTRA:-}"
 if [[ -n ${LOCAL_DATA:-} ]]; then
   [[ $LOCAL_DATA == /* && -n ${DATA:-} ]] || fail "LOCAL_DATA needs a whole path, and DATA, the shard folder to copy"
-  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")
+  [[ -f $DATA/manifest.json ]] || fail "LOCAL_DATA: $DATA is not a shard folder that could be copied (no manifest.json)"
+  # by content, too: what another job of the node trains on stays, whatever its folder is called
+  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")-$(sha256sum <"$DATA/manifest.json" | cut -c 1-12)
 else
   data=${DATA:-}
 fi
@@ -113,6 +117,7 @@ end_if_stopped() { # asked to stop, or over the time limit: queue this job again
 before=$(newest_checkpoint)
 job="" fruitless=0 last=""
 [[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
+[[ $fruitless =~ ^[0-9]+$ ]] || fruitless=0 # a damaged file
 if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
   fruitless=$((fruitless + 1))
   ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
@@ -171,7 +176,9 @@ check_nodes() { # goes on only with nodes that are fit for training
     4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
-  shown_job && [[ $shown == *" JobState=RUNNING "* ]] || fail "stage $stage: submit it again with --exclude=$bad"
+  # under --nodelist it would wait for the unfit node for ever
+  shown_job && [[ $shown == *" JobState=RUNNING "* && $shown == *" ReqNodeList=(null) "* ]] ||
+    fail "stage $stage: submit it again with --exclude=$bad"
   queue_again "$bad not fit for training (see $out/bad_nodes)" "$bad"
 }
 
@@ -180,10 +187,10 @@ check_nodes() { # goes on only with nodes that are fit for training
 if [[ -n ${LOCAL_DATA:-} ]]; then
   status=0
   "${on_each_node[@]}" --kill-on-bad-exit=1 "${noting[@]}" "$ended.copy" \
-    "$python" slurm/local_data.py --data "$DATA" --local "$LOCAL_DATA" || status=$?
+    "$python" slurm/local_data.py --data "$DATA" --local "$data" || status=$?
   noted "$ended.copy"
   ((status == 0 || status == 2)) || end_if_stopped
-  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $LOCAL_DATA on every node; see above"
+  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $data on every node; see above"
 fi
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ enter_project
 find_ds
 ((dry_run)) || command -v sbatch >/dev/null || fail "no sbatch here: this needs a Slurm cluster (--dry_run does not)"
 find_python
-read -r -a sbatch_extra <<<"${SBATCH_EXTRA:-}"
+words_of sbatch_extra "${SBATCH_EXTRA:-}"
 
 # a mistake in the recipe or an option ends it here, before anything waits in a queue
 asked=$("$python" slurm/recipe.py "${recipe_options[@]}" "${train_options[@]}") || exit 2

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.files import sha256
 from tests.slurm_cluster import Cluster, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +173,7 @@ def test_stages_differ_in_their_number_only() -> None:
 def test_one_rank_per_gpu_on_both_nodes(project: Project) -> None:
     stale = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}
     options = ("--train.seed", "7", "--prompt.text", "two words, *")
-    job, log = project.run("slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr  1e-5", **stale)
+    job, log = project.run("slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr \n 1e-5\n", **stale)
     assert job["JobState"] == "COMPLETED", log
     assert (job["JobName"], job["NumNodes"], job["NumTasks"]) == ("ivtlr-stage1", "2", "16")
     assert job["TresPerNode"] == "gres:gpu:8"
@@ -261,6 +262,8 @@ def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train
     env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1", "OUT": out}
     env |= {"ASKED_IN": program, "HEALTH_CHECK": "30", "LOCAL_DATA": "/local", "DATA": "data"}
     small = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
+    (project.root / "data").mkdir(exist_ok=True)
+    (project.root / "data" / "manifest.json").touch()
     job = project.cluster.submit(*small, "slurm/stage0.sbatch", env=env, cwd=project.root)
     while not all((project.root / out / f"ready{rank}").exists() for rank in range(2)):
         assert project.cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING")
@@ -310,15 +313,25 @@ def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
 
 
 def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
-    env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "4"}
-    job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
-    (project.root / "runs" / "demo").mkdir(parents=True)
-    (project.root / "runs" / "demo" / "slurm_restarts").write_text(f"{job} 3 \n")
-    project.cluster.run("scontrol", "release", str(job))
-    fields = project.cluster.wait(job)
-    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
-    (line,) = Path(fields["StdOut"]).read_text().splitlines()
+    file = project.root / "runs" / "demo" / "slurm_restarts"
+    file.parent.mkdir(parents=True)
+
+    def run(counted: str) -> tuple[str, str]:
+        env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "1"}
+        job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
+        file.write_text(f"{job} {counted} \n")
+        project.cluster.run("scontrol", "release", str(job))
+        fields = project.cluster.wait(job)
+        return fields["ExitCode"], Path(fields["StdOut"]).read_text()
+
+    code, log = run("3")
+    assert code == "2:0"
+    (line,) = log.splitlines()
     assert line.startswith("error: stage 0: started 4 times without getting past its beginning, so not again: ")
+    # a damaged file counts nothing, and nothing in it is run
+    code, log = run("UID[$(touch${IFS}ran)]")
+    assert code == "0:0", log
+    assert not (project.root / "ran").exists()
 
 
 def test_other_endings_are_not_tried_again(project: Project) -> None:
@@ -355,9 +368,10 @@ def test_nodes_of_which_none_is_fit_end_the_job(project: Project) -> None:
 
 def test_a_job_that_may_not_be_queued_again_names_the_node(project: Project) -> None:
     env = {"TASKS_PER_NODE": "1", "UNFIT": "node2 GPU: wrong", "HEALTH_CHECK": "9"}
-    job, log = project.run("--no-requeue", "slurm/stage0.sbatch", **env)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
-    assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
+    for option in ("--no-requeue", "--nodelist=node[1-2]"):
+        job, log = project.run(option, "slurm/stage0.sbatch", **env)
+        assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+        assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
 
 
 # ---- a whole run -------------------------------------------------------------------------------------------
@@ -457,6 +471,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     assert refused(folder, "stage2.sbatch", **job | here) == where
     assert refused(folder, script, "2", **job, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     assert refused(folder, script, "2", **job, PYTHON="no/python") == "error: no Python at PYTHON=no/python"
+    line = "error: a stage is one job, so not --array, nor one of parts"
+    assert refused(folder, script, "2", **job, SLURM_ARRAY_JOB_ID="1") == line
     line = "error: MAX_FRUITLESS=few: expected a whole number"
     assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
     line = "error: HEALTH_CHECK=yes: expected seconds, or 0 for no check"
@@ -517,9 +533,10 @@ def test_stages_train_one_after_another(tmp_path: Path, cluster: Cluster) -> Non
     assert [line for line in log.splitlines() if line.startswith("0: error: ")], log
     assert not (out / "stage2.done").exists()
     local = str(tmp_path / "local")
+    digest = sha256(tmp_path / "data" / "manifest.json")[:12]  # not another folder of that name
     for stage in (1, 2):
         job, log = train(stage, LOCAL_DATA=local)
-        assert log.count(f": {local}/data: ") == 2  # a copy a node; here they share a disk
+        assert log.count(f": {local}/data-{digest}: ") == 2  # a copy a node; here they share a disk
         assert job["JobState"] == "COMPLETED", log
         assert "resumed from" in log
         assert json.loads((out / f"stage{stage}.done").read_text())["stage"] == stage

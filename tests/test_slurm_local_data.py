@@ -36,13 +36,13 @@ def size(folder: Path) -> int:
 def test_a_whole_copy(
     copier: SimpleNamespace, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    local = tmp_path / "local"
+    local = tmp_path / "local" / "shards"
     copier.main(data=source, local=local)
     assert ", 0.0 MB were there" in capsys.readouterr().out
-    check_folder(local / "shards")
-    assert read_manifest(local / "shards")["hash"] == read_manifest(source)["hash"]
-    before = {path: path.stat().st_mtime_ns for path in (local / "shards").iterdir() if path.name != ".lock"}
-    assert copier.copy_folder(source, local / "shards") == (0, size(source))
+    check_folder(local)
+    assert read_manifest(local)["hash"] == read_manifest(source)["hash"]
+    before = {path: path.stat().st_mtime_ns for path in local.iterdir() if path.name != ".lock"}
+    assert copier.copy_folder(source, local) == (0, size(source))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
@@ -81,10 +81,10 @@ def test_what_is_refused(
     with pytest.raises(UserError, match="is not there"):
         copier.copy_folder(tmp_path / "nothing", tmp_path / "local")
     with pytest.raises(UserError, match="is the shard folder itself"):
-        copier.main(data=source, local=source.parent)
+        copier.main(data=source, local=source)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be copied to .*file/shards: "):
-        copier.main(data=source, local=tmp_path / "file")
+        copier.main(data=source, local=tmp_path / "file" / "shards")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(UserError, match=r"local needs 0\.\d\d GB more, and 0\.00 GB are free"):
