@@ -29,9 +29,9 @@ shift
 enter_project
 find_ds
 max_fruitless=${MAX_FRUITLESS:-3}
-[[ $max_fruitless =~ ^[0-9]+$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
+[[ $max_fruitless =~ ^(0|[1-9][0-9]*)$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
 health_seconds=${HEALTH_CHECK:-120}
-[[ $health_seconds =~ ^[0-9]+$ ]] || fail "HEALTH_CHECK=$health_seconds: expected seconds, or 0 for no check"
+[[ $health_seconds =~ ^(0|[1-9][0-9]*)$ ]] || fail "HEALTH_CHECK=$health_seconds: expected seconds, or 0 for no check"
 
 find_python
 
@@ -117,7 +117,7 @@ end_if_stopped() { # asked to stop, or over the time limit: queue this job again
 before=$(newest_checkpoint)
 job="" fruitless=0 last=""
 [[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
-[[ $fruitless =~ ^[0-9]+$ ]] || fruitless=0 # a damaged file
+[[ $fruitless =~ ^(0|[1-9][0-9]*)$ ]] || fruitless=0 # a damaged file
 if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
   fruitless=$((fruitless + 1))
   ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
@@ -173,7 +173,8 @@ check_nodes() { # goes on only with nodes that are fit for training
   case $status in
     0) return ;;
     3) bad=${bad//$'\n'/,} ;; # some
-    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 skips this" ;;
+    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=SECONDS gives" \
+      "them more time, and 0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
   # under --nodelist it would wait for the unfit node for ever

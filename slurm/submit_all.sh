@@ -29,6 +29,7 @@ for word in "$@"; do
 done
 export IVTLR_ROOT=${IVTLR_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 enter_project
+IVTLR_ROOT=$PWD # jobs are submitted from here
 find_ds
 ((dry_run)) || command -v sbatch >/dev/null || fail "no sbatch here: this needs a Slurm cluster (--dry_run does not)"
 find_python

@@ -377,7 +377,9 @@ def test_a_job_that_may_not_be_queued_again_names_the_node(project: Project) -> 
 # ---- a whole run -------------------------------------------------------------------------------------------
 def submit_all(project: Project, *options: str, **env: str) -> list[str]:
     env = {"PYTHON": str(project.root / "stand-in"), "TASKS_PER_NODE": "1", **env}
-    done = project.cluster.run("slurm/submit_all.sh", *options, env=env, cwd=project.root)
+    root = project.root.name
+    script = f"{root}/slurm/submit_all.sh"
+    done = project.cluster.run(script, *options, env={"IVTLR_ROOT": root, **env}, cwd=project.root.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -477,6 +479,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
     line = "error: HEALTH_CHECK=yes: expected seconds, or 0 for no check"
     assert refused(folder, script, "2", **job, HEALTH_CHECK="yes") == line
+    assert "MAX_FRUITLESS=08: expected" in refused(folder, script, "2", **job, MAX_FRUITLESS="08")
     submit = "submit_all.sh"
     assert refused(folder, submit, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     line = "error: --recipe=x.yaml: the jobs take this from the variable RECIPE"
