@@ -256,9 +256,9 @@ def test_no_marker_is_a_failure(project: Project) -> None:
 
 
 # ---- going on by itself ------------------------------------------------------------------------------------
-def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train.py") -> int:
+def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train.py", out: str = "") -> int:
     """A job of 2 ranks that got a signal while they were in a program; `scancel` with its options."""
-    out = f"runs/{Path(program).stem}"
+    out = out or f"runs/{Path(program).stem}"
     env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1", "OUT": out}
     env |= {"ASKED_IN": program, "HEALTH_CHECK": "30", "LOCAL_DATA": "/local", "DATA": "data"}
     small = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
@@ -272,11 +272,12 @@ def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train
     return job
 
 
-def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> None:
+def test_a_stage_that_was_asked_to_stop_goes_on_by_itself_and_a_cancelled_one_does_not(project: Project) -> None:
     """Before it handles signals, too: nobody's node is unfit for that."""
     programs = {"slurm/health.py": "its beginning", "slurm/local_data.py": "its beginning"}
     programs |= {"pipeline/train.py": "stage0-step000003"}
     jobs = {program: asked_to_stop(project, "--signal=USR1", program=program) for program in programs}
+    cancelled = asked_to_stop(project, out="runs/cancelled")
     after = f"--dependency=afterok:{jobs['pipeline/train.py']}"
     second = project.cluster.submit("--wrap=true", "--output=/dev/null", after, "--kill-on-invalid-dep=yes")
     for program, job in jobs.items():
@@ -291,11 +292,8 @@ def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> N
         names = {path.name for path in (project.root / out).iterdir() if not path.name.startswith("ready")}
         assert names - {"checkpoints"} == {"ranks", "slurm_restarts", "stage0.done"}
     assert project.cluster.wait(second)["JobState"] == "COMPLETED"
-
-
-def test_a_cancelled_stage_stays_cancelled(project: Project) -> None:
-    job = project.cluster.wait(asked_to_stop(project))
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    fields = project.cluster.wait(cancelled)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
