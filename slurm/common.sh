@@ -8,6 +8,10 @@ fail() {
   exit 2
 }
 
+words_of() { # ARRAY TEXT: split at blanks and at ends of lines
+  read -r -d '' -a "$1" <<<"$2" || true
+}
+
 enter_project() { # goes to the project root and sets recipe, out and recipe_options
   # Slurm runs a copy of the job file, so the project is found by where the job was submitted
   root=${IVTLR_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
@@ -17,7 +21,7 @@ enter_project() { # goes to the project root and sets recipe, out and recipe_opt
   local name=${recipe##*/}
   out=${OUT:-runs/${name%.*}}
   local extra
-  read -r -a extra <<<"${EXTRA:-}"
+  words_of extra "${EXTRA:-}"
   recipe_options=(--recipe "$recipe")
   [[ -z ${DATA:-} ]] || recipe_options+=(--data "$DATA")
   recipe_options+=("${extra[@]}")

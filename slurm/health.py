@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -198,7 +197,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--note", type=Path)
     given: Any = parser.parse_args(words)
     if given.what == "check":
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a job that is asked to stop has no unfit nodes for that
         # in one piece, whatever a library leaves on the line
         sys.stdout.write("\n" + json.dumps(asdict(check(given.folder, given.word))) + "\n")
         sys.stdout.flush()

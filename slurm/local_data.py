@@ -10,9 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -32,8 +30,6 @@ from data_prep.index import read_manifest
 
 AT_ONCE = 4
 """Files that are copied at the same time."""
-STOPPED = 75
-"""Exit status where SIGUSR1 asked the job to stop (pipeline/watching/watch.py)."""
 _SEEN = "local_data.json"
 
 
@@ -55,15 +51,14 @@ def files_of(manifest: dict[str, Any]) -> Iterator[File]:
 
 
 def main(*, data: Path, local: Path) -> None:
-    """Copy the shard folder --data into a folder of its name in --local, and check it.
+    """Copy the shard folder --data to the folder --local, and check it.
 
     Raises UserError: no shard folder, too little space, or a file that is not as it was written.
     """
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(STOPPED))  # what is whole stays; the next start goes on
-    began, folder = time.monotonic(), local / data.resolve().name
-    copied, kept = copy_folder(data, folder)
+    began = time.monotonic()
+    copied, kept = copy_folder(data, local)
     print(
-        f"{socket.gethostname()}: {folder}: {copied / 1e6:.1f} MB copied, {kept / 1e6:.1f} MB were there,"
+        f"{socket.gethostname()}: {local}: {copied / 1e6:.1f} MB copied, {kept / 1e6:.1f} MB were there,"
         f" {time.monotonic() - began:.0f} s"
     )
 

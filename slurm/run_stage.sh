@@ -24,20 +24,22 @@ stage=$1
 shift
 [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] ||
   fail "not in a Slurm job; from the project root: sbatch slurm/stage$stage.sbatch"
+[[ -z ${SLURM_ARRAY_JOB_ID:-}${SLURM_HET_SIZE:-} ]] || fail "a stage is one job, so not --array, nor one of parts"
 
 enter_project
 find_ds
 max_fruitless=${MAX_FRUITLESS:-3}
-[[ $max_fruitless =~ ^[0-9]+$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
+[[ $max_fruitless =~ ^(0|[1-9][0-9]*)$ ]] || fail "MAX_FRUITLESS=$max_fruitless: expected a whole number"
 health_seconds=${HEALTH_CHECK:-120}
-[[ $health_seconds =~ ^[0-9]+$ ]] || fail "HEALTH_CHECK=$health_seconds: expected seconds, or 0 for no check"
+[[ $health_seconds =~ ^(0|[1-9][0-9]*)$ ]] || fail "HEALTH_CHECK=$health_seconds: expected seconds, or 0 for no check"
 
 find_python
 
 tasks=${TASKS_PER_NODE:-${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
 [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
   fail "no GPUs in this job: sbatch --gpus-per-node N, or set GPUS_PER_NODE (on CPUs: TASKS_PER_NODE)"
-cpus=${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} # the first node's; the variable looks like 64(x2),32
+# the smallest node's; the variable looks like 64(x2),32
+cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p)
 cpus=$((cpus / tasks))
 ((cpus > 0)) || cpus=1
 
@@ -46,13 +48,16 @@ export MASTER_ADDR=${nodes%%$'\n'*}
 # by job, so that jobs on one node do not meet; below the ports that systems give out (32768 and up)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+export SLURM_EXPORT_ENV=ALL # to the ranks, under sbatch --export=NONE, too
 unset RANK LOCAL_RANK WORLD_SIZE # left in the submitting shell they would hide Slurm's ranks
 
-read -r -a extra <<<"${EXTRA:-}"
-read -r -a srun_extra <<<"${SRUN_EXTRA:-}"
+words_of extra "${EXTRA:-}"
+words_of srun_extra "${SRUN_EXTRA:-}"
 if [[ -n ${LOCAL_DATA:-} ]]; then
   [[ $LOCAL_DATA == /* && -n ${DATA:-} ]] || fail "LOCAL_DATA needs a whole path, and DATA, the shard folder to copy"
-  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")
+  [[ -f $DATA/manifest.json ]] || fail "LOCAL_DATA: $DATA is not a shard folder that could be copied (no manifest.json)"
+  # by content, too: what another job of the node trains on stays, whatever its folder is called
+  data=$LOCAL_DATA/$(basename "$(realpath -- "$DATA")")-$(sha256sum <"$DATA/manifest.json" | cut -c 1-12)
 else
   data=${DATA:-}
 fi
@@ -100,17 +105,19 @@ queue_again() { # WHY [NODES]: this job, without NODES; does not return
   exit "$STOPPED"
 }
 
-requeue_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
-  shown_job || return 0
+end_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
   # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
-  [[ $shown == *" Reason=TimeLimit "* ]] || { ((status == STOPPED)) && [[ $shown == *" JobState=RUNNING "* ]]; } ||
-    return 0
-  queue_again "training was asked to stop"
+  if shown_job && { [[ $shown == *" Reason=TimeLimit "* ]] ||
+    { ((status == STOPPED)) && [[ $shown == *" JobState=RUNNING "* ]]; }; }; then
+    queue_again "training was asked to stop"
+  fi
+  ((status != STOPPED)) || { echo "stage $stage: stopped on request; submit it again to go on" >&2 && exit "$STOPPED"; }
 }
 
 before=$(newest_checkpoint)
 job="" fruitless=0 last=""
 [[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
+[[ $fruitless =~ ^(0|[1-9][0-9]*)$ ]] || fruitless=0 # a damaged file
 if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
   fruitless=$((fruitless + 1))
   ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
@@ -125,6 +132,24 @@ for ((i = 0; i < 3 * ${SLURM_RESTART_COUNT:-0}; i++)); do
   srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 true || true
 done
 
+# ---- what a task runs in -----------------------------------------------------------------------------------
+# notes how the first task ended that did not end well.  When it has, Slurm kills the others, and srun's own status may
+# be theirs.  Signals go to the whole task, so training gets them, and this waits.
+noting=(bash -c '
+trap asked=1 USR1 TERM
+asked=0 status=0
+"${@:2}" || status=$?
+case $asked:$status in 1:138 | 1:143) status='$STOPPED' ;; esac # ended by the signal, as it had nothing to save yet
+((status == 0)) || (set -o noclobber; echo "$status" >"$1") 2>/dev/null || true
+exit "$status"' task)
+
+noted() { # FILE: sets status to what a task noted there
+  [[ ! -s $1 ]] || status=$(<"$1")
+  rm -f "$1"
+}
+
+trap : TERM # comes to this script too, at a time limit
+
 # ---- nodes -------------------------------------------------------------------------------------------------
 on_each_node=(srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus"
   --kill-on-bad-exit=0 "${srun_extra[@]}")
@@ -134,8 +159,13 @@ check_nodes() { # goes on only with nodes that are fit for training
   local about=(--folder "$folder" --word "$start.$RANDOM$RANDOM")
   mkdir "$folder" && printf %s "${about[3]}" >"$folder/word" || fail "$out cannot be written"
   told=$(date +%s)
-  timeout --kill-after=10 "$health_seconds" "${on_each_node[@]}" "$python" slurm/health.py check "${about[@]}" \
-    >"$folder/answers" 2>"$folder/errors" || true
+  timeout --kill-after=10 "$health_seconds" "${on_each_node[@]}" "${noting[@]}" "$folder/ended" \
+    "$python" slurm/health.py check "${about[@]}" </dev/null >"$folder/answers" 2>"$folder/errors" || status=$?
+  if ((status != 124 && status != 137)); then # no node is unfit that was asked to stop, except by `timeout`
+    noted "$folder/ended"
+    ((status != STOPPED)) || { rm -rf "$folder" && end_if_stopped; }
+  fi
+  status=0
   bad=$("$python" slurm/health.py judge "${about[@]}" --answers "$folder/answers" --nodes "$nodes" --gpus "$tasks" \
     --asked "$told" --limit "$health_seconds" --note "$out/bad_nodes") || status=$?
   ((status == 0 || status == 3)) || tail -n 5 "$folder/errors" >&2
@@ -143,10 +173,13 @@ check_nodes() { # goes on only with nodes that are fit for training
   case $status in
     0) return ;;
     3) bad=${bad//$'\n'/,} ;; # some
-    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=0 skips this" ;;
+    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=SECONDS gives" \
+      "them more time, and 0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
-  shown_job && [[ $shown == *" JobState=RUNNING "* ]] || fail "stage $stage: submit it again with --exclude=$bad"
+  # under --nodelist it would wait for the unfit node for ever
+  shown_job && [[ $shown == *" JobState=RUNNING "* && $shown == *" ReqNodeList=(null) "* ]] ||
+    fail "stage $stage: submit it again with --exclude=$bad"
   queue_again "$bad not fit for training (see $out/bad_nodes)" "$bad"
 }
 
@@ -154,40 +187,28 @@ check_nodes() { # goes on only with nodes that are fit for training
 
 if [[ -n ${LOCAL_DATA:-} ]]; then
   status=0
-  "${on_each_node[@]}" --kill-on-bad-exit=1 "$python" slurm/local_data.py --data "$DATA" --local "$LOCAL_DATA" ||
-    status=$?
-  ((status == 0 || status == 2)) || requeue_if_stopped
-  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $LOCAL_DATA on every node; see above"
+  "${on_each_node[@]}" --kill-on-bad-exit=1 "${noting[@]}" "$ended.copy" \
+    "$python" slurm/local_data.py --data "$DATA" --local "$data" || status=$?
+  noted "$ended.copy"
+  ((status == 0 || status == 2)) || end_if_stopped
+  ((status == 0)) || fail "stage $stage: $DATA could not be copied to $data on every node; see above"
 fi
 
 # ---- training ----------------------------------------------------------------------------------------------
-# what a rank runs in: notes how the first rank ended that did not end well.  When it has, Slurm kills the others, and
-# srun's own status may be theirs.  Signals go to the whole task, so training gets them, and this waits.
-noting='trap : USR1 TERM
-status=0
-"${@:2}" || status=$?
-((status == 0)) || (set -o noclobber; echo "$status" >"$1") 2>/dev/null || true
-exit "$status"'
-
 where="$SLURM_JOB_NUM_NODES nodes x $tasks ranks, $MASTER_ADDR:$MASTER_PORT"
 echo "job $SLURM_JOB_ID: stage $stage of $out, $where"
-trap : TERM # comes to this script too, at a time limit
 status=0
 # block: consecutive ranks share a node.  GPUs stay unbound: a rank sees all of its node's, takes the one of
 # its local rank and reaches the others directly.  (--gpu-bind=none hides which of a shared node's are ours.)
 srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
   --distribution=block --kill-on-bad-exit=1 --label "${srun_extra[@]}" \
-  bash -c "$noting" rank "$ended" "$python" pipeline/train.py "${options[@]}" "${extra[@]}" "$@" || status=$?
-[[ ! -s $ended ]] || status=$(<"$ended")
-rm -f "$ended"
+  "${noting[@]}" "$ended" "$python" pipeline/train.py "${options[@]}" "${extra[@]}" "$@" || status=$?
+noted "$ended"
 
 # an exit code alone is no proof: launchers and clusters lose them
 # and a rank that is killed after the marker was written has nothing left to do
 ((status != 0 && status < 128)) || [[ ! -s $out/stage$stage.done ]] || exit 0
-((status == 2)) || requeue_if_stopped # 2: a user's mistake
-case $status in
-  0) fail "stage $stage: training ended without writing $out/stage$stage.done" ;;
-  "$STOPPED") echo "stage $stage: stopped on request; submit it again to go on" >&2 ;;
-  *) echo "error: stage $stage: training ended with status $status; the ranks' own errors are above" >&2 ;;
-esac
+((status == 2)) || end_if_stopped # 2: a user's mistake
+((status != 0)) || fail "stage $stage: training ended without writing $out/stage$stage.done"
+echo "error: stage $stage: training ended with status $status; the ranks' own errors are above" >&2
 exit "$status"

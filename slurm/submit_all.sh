@@ -29,10 +29,11 @@ for word in "$@"; do
 done
 export IVTLR_ROOT=${IVTLR_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 enter_project
+IVTLR_ROOT=$PWD # jobs are submitted from here
 find_ds
 ((dry_run)) || command -v sbatch >/dev/null || fail "no sbatch here: this needs a Slurm cluster (--dry_run does not)"
 find_python
-read -r -a sbatch_extra <<<"${SBATCH_EXTRA:-}"
+words_of sbatch_extra "${SBATCH_EXTRA:-}"
 
 # a mistake in the recipe or an option ends it here, before anything waits in a queue
 asked=$("$python" slurm/recipe.py "${recipe_options[@]}" "${train_options[@]}") || exit 2

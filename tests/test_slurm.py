@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.files import sha256
 from tests.slurm_cluster import Cluster, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,9 @@ import json, os, pathlib, signal, socket, sys, time
 env = dict(os.environ)
 option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
+if program == env.get("ASKED_IN") != "pipeline/train.py" and "SLURM_RESTART_COUNT" not in env:
+    pathlib.Path(env["OUT"], "ready" + env["SLURM_PROCID"]).touch()
+    time.sleep(60)
 if program == "slurm/health.py":
     if sys.argv[2] == "judge":
         os.execv("{python}", ["{python}", "-IS", *sys.argv[1:]])
@@ -169,7 +173,7 @@ def test_stages_differ_in_their_number_only() -> None:
 def test_one_rank_per_gpu_on_both_nodes(project: Project) -> None:
     stale = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}
     options = ("--train.seed", "7", "--prompt.text", "two words, *")
-    job, log = project.run("slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr  1e-5", **stale)
+    job, log = project.run("slurm/stage1.sbatch", *options, DATA="data/here", EXTRA="--optim.lr \n 1e-5\n", **stale)
     assert job["JobState"] == "COMPLETED", log
     assert (job["JobName"], job["NumNodes"], job["NumTasks"]) == ("ivtlr-stage1", "2", "16")
     assert job["TresPerNode"] == "gres:gpu:8"
@@ -218,8 +222,8 @@ def test_sbatch_options_and_variables_change_the_number_of_ranks(project: Projec
         "0,1",
     )
 
-    env = {"TASKS_PER_NODE": "2", "OUT": "runs/cpu", "SLURM_DISTRIBUTION": "cyclic"}
-    job, log = project.run("--gpus-per-node", "0", "slurm/stage0.sbatch", **env)
+    only = "--export=TASKS_PER_NODE=2,OUT=runs/cpu,HEALTH_CHECK=0,SLURM_DISTRIBUTION=cyclic"
+    job, log = project.run("--gpus-per-node", "0", only, "slurm/stage0.sbatch")
     assert job["JobState"] == "COMPLETED", log
     ranks = project.ranks("runs/cpu")
     assert [record["host"] for record in ranks] == ["node1", "node1", "node2", "node2"]
@@ -252,35 +256,44 @@ def test_no_marker_is_a_failure(project: Project) -> None:
 
 
 # ---- going on by itself ------------------------------------------------------------------------------------
-def asked_to_stop(project: Project, *signal: str) -> int:
-    """A job of 2 ranks that got a signal while they trained; `scancel` with its options."""
-    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1"}
-    job = project.cluster.submit("slurm/stage0.sbatch", env=env, cwd=project.root)
-    while not all((project.root / "runs" / "demo" / f"ready{rank}").exists() for rank in range(2)):
+def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train.py", out: str = "") -> int:
+    """A job of 2 ranks that got a signal while they were in a program; `scancel` with its options."""
+    out = out or f"runs/{Path(program).stem}"
+    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1", "OUT": out}
+    env |= {"ASKED_IN": program, "HEALTH_CHECK": "30", "LOCAL_DATA": "/local", "DATA": "data"}
+    small = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
+    (project.root / "data").mkdir(exist_ok=True)
+    (project.root / "data" / "manifest.json").touch()
+    job = project.cluster.submit(*small, "slurm/stage0.sbatch", env=env, cwd=project.root)
+    while not all((project.root / out / f"ready{rank}").exists() for rank in range(2)):
         assert project.cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING")
         time.sleep(0.1)
     project.cluster.run("scancel", *signal, str(job))
     return job
 
 
-def test_a_stage_that_was_asked_to_stop_goes_on_by_itself(project: Project) -> None:
-    first = asked_to_stop(project, "--signal=USR1")
-    after = ("--wrap=true", "--output=/dev/null", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
-    second = project.cluster.submit(*after)
-    job = project.cluster.wait(first)
-    log = Path(job["StdOut"]).read_text()
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    assert "training was asked to stop; queued again, to go on from stage0-step000003" in log
-    assert log.count("stage 0 of runs/demo, 2 nodes x 1 ranks") == 2  # one log of both starts
-    # a step number of its own: the srun of a start that was cut off would end one of the same number
-    assert project.ranks()[0]["env"]["SLURM_STEP_ID"] == "3"
+def test_a_stage_that_was_asked_to_stop_goes_on_by_itself_and_a_cancelled_one_does_not(project: Project) -> None:
+    """Before it handles signals, too: nobody's node is unfit for that."""
+    programs = {"slurm/health.py": "its beginning", "slurm/local_data.py": "its beginning"}
+    programs |= {"pipeline/train.py": "stage0-step000003"}
+    jobs = {program: asked_to_stop(project, "--signal=USR1", program=program) for program in programs}
+    cancelled = asked_to_stop(project, out="runs/cancelled")
+    after = f"--dependency=afterok:{jobs['pipeline/train.py']}"
+    second = project.cluster.submit("--wrap=true", "--output=/dev/null", after, "--kill-on-invalid-dep=yes")
+    for program, job in jobs.items():
+        fields = project.cluster.wait(job)
+        log, out = Path(fields["StdOut"]).read_text(), f"runs/{Path(program).stem}"
+        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+        assert f"training was asked to stop; queued again, to go on from {programs[program]}\n" in log
+        # one log of both starts
+        assert log.count(f"stage 0 of {out}, 2 nodes x 1 ranks") == 1 + (program == "pipeline/train.py")
+        # a step number of its own: the srun of a start that was cut off would end one of the same number
+        assert project.ranks(out)[0]["env"]["SLURM_STEP_ID"] == "5"
+        names = {path.name for path in (project.root / out).iterdir() if not path.name.startswith("ready")}
+        assert names - {"checkpoints"} == {"ranks", "slurm_restarts", "stage0.done"}
     assert project.cluster.wait(second)["JobState"] == "COMPLETED"
-    assert sorted(path.name for path in (project.root / "runs/demo").glob("slurm*")) == ["slurm_restarts"]
-
-
-def test_a_cancelled_stage_stays_cancelled(project: Project) -> None:
-    job = project.cluster.wait(asked_to_stop(project))
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    fields = project.cluster.wait(cancelled)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
@@ -298,15 +311,25 @@ def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
 
 
 def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
-    env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "4"}
-    job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
-    (project.root / "runs" / "demo").mkdir(parents=True)
-    (project.root / "runs" / "demo" / "slurm_restarts").write_text(f"{job} 3 \n")
-    project.cluster.run("scontrol", "release", str(job))
-    fields = project.cluster.wait(job)
-    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
-    (line,) = Path(fields["StdOut"]).read_text().splitlines()
+    file = project.root / "runs" / "demo" / "slurm_restarts"
+    file.parent.mkdir(parents=True)
+
+    def run(counted: str) -> tuple[str, str]:
+        env = {"PYTHON": str(project.root / "stand-in"), "SLURM_RESTART_COUNT": "1"}
+        job = project.cluster.submit("--hold", "slurm/stage0.sbatch", env=env, cwd=project.root)
+        file.write_text(f"{job} {counted} \n")
+        project.cluster.run("scontrol", "release", str(job))
+        fields = project.cluster.wait(job)
+        return fields["ExitCode"], Path(fields["StdOut"]).read_text()
+
+    code, log = run("3")
+    assert code == "2:0"
+    (line,) = log.splitlines()
     assert line.startswith("error: stage 0: started 4 times without getting past its beginning, so not again: ")
+    # a damaged file counts nothing, and nothing in it is run
+    code, log = run("UID[$(touch${IFS}ran)]")
+    assert code == "0:0", log
+    assert not (project.root / "ran").exists()
 
 
 def test_other_endings_are_not_tried_again(project: Project) -> None:
@@ -343,15 +366,18 @@ def test_nodes_of_which_none_is_fit_end_the_job(project: Project) -> None:
 
 def test_a_job_that_may_not_be_queued_again_names_the_node(project: Project) -> None:
     env = {"TASKS_PER_NODE": "1", "UNFIT": "node2 GPU: wrong", "HEALTH_CHECK": "9"}
-    job, log = project.run("--no-requeue", "slurm/stage0.sbatch", **env)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
-    assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
+    for option in ("--no-requeue", "--nodelist=node[1-2]"):
+        job, log = project.run(option, "slurm/stage0.sbatch", **env)
+        assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+        assert log.splitlines()[-1] == "error: stage 0: submit it again with --exclude=node2"
 
 
 # ---- a whole run -------------------------------------------------------------------------------------------
 def submit_all(project: Project, *options: str, **env: str) -> list[str]:
     env = {"PYTHON": str(project.root / "stand-in"), "TASKS_PER_NODE": "1", **env}
-    done = project.cluster.run("slurm/submit_all.sh", *options, env=env, cwd=project.root)
+    root = project.root.name
+    script = f"{root}/slurm/submit_all.sh"
+    done = project.cluster.run(script, *options, env={"IVTLR_ROOT": root, **env}, cwd=project.root.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -445,10 +471,13 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     assert refused(folder, "stage2.sbatch", **job | here) == where
     assert refused(folder, script, "2", **job, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     assert refused(folder, script, "2", **job, PYTHON="no/python") == "error: no Python at PYTHON=no/python"
+    line = "error: a stage is one job, so not --array, nor one of parts"
+    assert refused(folder, script, "2", **job, SLURM_ARRAY_JOB_ID="1") == line
     line = "error: MAX_FRUITLESS=few: expected a whole number"
     assert refused(folder, script, "2", **job, MAX_FRUITLESS="few") == line
     line = "error: HEALTH_CHECK=yes: expected seconds, or 0 for no check"
     assert refused(folder, script, "2", **job, HEALTH_CHECK="yes") == line
+    assert "MAX_FRUITLESS=08: expected" in refused(folder, script, "2", **job, MAX_FRUITLESS="08")
     submit = "submit_all.sh"
     assert refused(folder, submit, DS="no.json") == "error: no DeepSpeed config no.json; set DS"
     line = "error: --recipe=x.yaml: the jobs take this from the variable RECIPE"
@@ -505,9 +534,10 @@ def test_stages_train_one_after_another(tmp_path: Path, cluster: Cluster) -> Non
     assert [line for line in log.splitlines() if line.startswith("0: error: ")], log
     assert not (out / "stage2.done").exists()
     local = str(tmp_path / "local")
+    digest = sha256(tmp_path / "data" / "manifest.json")[:12]  # not another folder of that name
     for stage in (1, 2):
         job, log = train(stage, LOCAL_DATA=local)
-        assert log.count(f": {local}/data: ") == 2  # a copy a node; here they share a disk
+        assert log.count(f": {local}/data-{digest}: ") == 2  # a copy a node; here they share a disk
         assert job["JobState"] == "COMPLETED", log
         assert "resumed from" in log
         assert json.loads((out / f"stage{stage}.done").read_text())["stage"] == stage

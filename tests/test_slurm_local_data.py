@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from data_prep import files
 from data_prep.errors import UserError
 from data_prep.index import read_manifest
 from data_prep.making.verify import check_folder
-from pipeline.watching.watch import STOPPED
 
 PROGRAM = Path(__file__).resolve().parents[1] / "slurm" / "local_data.py"
 
@@ -39,13 +36,13 @@ def size(folder: Path) -> int:
 def test_a_whole_copy(
     copier: SimpleNamespace, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    local = tmp_path / "local"
+    local = tmp_path / "local" / "shards"
     copier.main(data=source, local=local)
     assert ", 0.0 MB were there" in capsys.readouterr().out
-    check_folder(local / "shards")
-    assert read_manifest(local / "shards")["hash"] == read_manifest(source)["hash"]
-    before = {path: path.stat().st_mtime_ns for path in (local / "shards").iterdir() if path.name != ".lock"}
-    assert copier.copy_folder(source, local / "shards") == (0, size(source))
+    check_folder(local)
+    assert read_manifest(local)["hash"] == read_manifest(source)["hash"]
+    before = {path: path.stat().st_mtime_ns for path in local.iterdir() if path.name != ".lock"}
+    assert copier.copy_folder(source, local) == (0, size(source))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
@@ -78,31 +75,16 @@ def test_two_at_once(copier: SimpleNamespace, source: Path, tmp_path: Path) -> N
     check_folder(tmp_path / "shards")
 
 
-def test_a_job_that_is_asked_to_stop_is_queued_again(
-    copier: SimpleNamespace, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[int] = []
-    before = signal.getsignal(signal.SIGUSR1)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    try:
-        copier.main(data=source, local=tmp_path / "local")
-        os.kill(os.getpid(), signal.SIGUSR1)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert ended == [copier.STOPPED]
-    assert copier.STOPPED == STOPPED
-
-
 def test_what_is_refused(
     copier: SimpleNamespace, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="is not there"):
         copier.copy_folder(tmp_path / "nothing", tmp_path / "local")
     with pytest.raises(UserError, match="is the shard folder itself"):
-        copier.main(data=source, local=source.parent)
+        copier.main(data=source, local=source)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be copied to .*file/shards: "):
-        copier.main(data=source, local=tmp_path / "file")
+        copier.main(data=source, local=tmp_path / "file" / "shards")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(UserError, match=r"local needs 0\.\d\d GB more, and 0\.00 GB are free"):
