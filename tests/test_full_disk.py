@@ -21,6 +21,7 @@ from pipeline.keeping.lease import Lease
 from pipeline.watching.monitor import Monitor
 from tests.launch import losses, train, try_train
 from tests.pipeline.test_keep import boundary, keeper_of, listing
+from tests.pipeline.test_plan import STATE
 
 Sized = Callable[[int], Path]
 
@@ -50,16 +51,21 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
     monkeypatch.setattr(distributed, "from_main", lambda value: value)
     monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(module, "weights_of", lambda engine: SimpleNamespace(found=STATE.weights))
 
 
 def test_a_run_stops_and_goes_on(whole_run, data, disk: Sized) -> None:
-    """The third checkpoint does not fit: both ranks end at a step, with one line.  With more room the run goes on."""
+    """The third checkpoint does not fit: both ranks end at a step, with a line of each that met it.
+
+    With more room the run goes on.
+    """
     out = disk(5700) / "run"
     options = ["--stages", "0", "--train.checkpoint_every", "2", "--train.keep_checkpoints", "5"]
     code, log = try_train(out, data, *options, "--train.async_checkpoints", "true", ranks=2)
     assert code == 2 and "Traceback" not in log, log[-4000:]
-    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert "could not write a checkpoint (" in line and "free some space" in line
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(lines) <= 2
+    assert all("could not write a checkpoint (" in line and "free some space" in line for line in lines)
     saved = Checkpoints(out).all()
     assert [c.state.step for c in saved] == [2, 4] and not any(c.damaged() for c in saved)
     assert not list((out / "checkpoints").glob("writing*"))
