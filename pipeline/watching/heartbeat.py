@@ -132,8 +132,8 @@ class Heartbeat:
             self.close("failed", reason[:1000])
 
     def close(self, phase: str, reason: str = "") -> None:
-        """The last beat: what became of the run."""
-        if self.main:
+        """The last beat: what became of the run.  The first to tell is believed: what comes after follows from it."""
+        if self.main and not self._end.is_set():
             self._end.set()
             self._thread.join(timeout=LOOK * 5)  # a disk that hangs keeps nobody here
             self.write(Doing(phase, "", self.activity.clock()), reason)

@@ -209,3 +209,12 @@ def test_command(tmp_path: Path) -> None:
     for run, said in ((tmp_path / "no", "no such folder"), (tmp_path, "has no heartbeat.json")):
         with pytest.raises(UserError, match=said):
             status.main(run=run)
+
+
+def test_the_first_reason_is_kept(tmp_path: Path) -> None:
+    """A rank that hangs ends, and only then the collective of those that waited for it fails."""
+    with pytest.raises(RuntimeError), Heartbeat(tmp_path, KEPT, 0, 2, Activity()) as heartbeat:
+        heartbeat.close("failed", "rank 1 hangs")
+        raise RuntimeError("connection closed by peer")
+    beat = read_beat(tmp_path)
+    assert beat is not None and (beat.phase, beat.reason) == ("failed", "rank 1 hangs")
