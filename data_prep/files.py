@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, mark: str = "writing") -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes its name at the end; after an exception it is gone.
+
+    Where there is a folder at `path` with anything in it, that stays, and an OSError is raised.
+    """
+    writing = path.with_name(f"{path.name}.{mark}")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        yield writing
+        os.rename(writing, path)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from data_prep import cli
 from data_prep.errors import UserError
+from data_prep.files import atomic_folder
 from pipeline.backbones import BACKBONES
 from pipeline.config import ROOT, LoraConfig, RunConfig, load_config, read_recipes, recipe_paths
 from pipeline.export import Converted, ExportInfo
@@ -24,7 +25,7 @@ from pipeline.latent.method import LatentMethod
 from pipeline.prepare import base_hash, check_base, data_name
 from pipeline.released.back import to_released
 from pipeline.released.exporting import write_adapter, write_merged
-from pipeline.released.files import ModelWeights, file_hash, folder_in_whole, local_folder, place_of, read_config
+from pipeline.released.files import ModelWeights, file_hash, local_folder, place_of, read_config, written
 from pipeline.released.form import ADDED_TOKENS, FORMS, Skeleton, form_of
 from pipeline.released.frozen import FrozenCheck
 from pipeline.released.reading import ReleasedFile, read_released
@@ -93,7 +94,7 @@ def from_released(
     add_tokens(processor.tokenizer, rows)
 
     alpha = (config.model.lora or LoraConfig()).alpha
-    with folder_in_whole(out) as writing:
+    with written(out), atomic_folder(out) as writing:
         if export == "merged":
             types = write_merged(writing, released, skeleton, frozen, alpha, DTYPES.get(dtype))
             hf_config.get_text_config().vocab_size = rows

@@ -28,7 +28,7 @@ from transformers.utils import (
 )
 
 from data_prep.errors import UserError
-from data_prep.files import sha256
+from data_prep.files import atomic_folder, sha256
 from data_prep.index import read_manifest
 from data_prep.reader import ShardIndex, open_split
 from data_prep.storage import Location, location_of, shown
@@ -119,15 +119,13 @@ def make_base(config: RunConfig, run: Path, say: Any) -> Path | str:
     assert scratch is not None
     family = BACKBONES[config.model.backbone]
     shutil.rmtree(base, ignore_errors=True)
-    writing = run / "base.writing"
-    shutil.rmtree(writing, ignore_errors=True)
-    texts = chain.from_iterable(texts_of_folder(folder, config.data.cache_gb) for folder in data_folders(config))
-    tokenizer = train_tokenizer(texts, writing, scratch.vocab_size, family.TOKENIZER)
-    torch.manual_seed(config.train.seed)
-    vlm = family.create(scratch, tokenizer, writing)
-    parameters = sum(p.numel() for p in vlm.parameters())
-    say(f"made a base model of {parameters:,} parameters and {len(tokenizer)} tokens in {base}")
-    os.rename(writing, base)
+    with atomic_folder(base) as writing:
+        texts = chain.from_iterable(texts_of_folder(folder, config.data.cache_gb) for folder in data_folders(config))
+        tokenizer = train_tokenizer(texts, writing, scratch.vocab_size, family.TOKENIZER)
+        torch.manual_seed(config.train.seed)
+        vlm = family.create(scratch, tokenizer, writing)
+        parameters = sum(p.numel() for p in vlm.parameters())
+        say(f"made a base model of {parameters:,} parameters and {len(tokenizer)} tokens in {base}")
     return base
 
 

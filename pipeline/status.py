@@ -27,7 +27,8 @@ STALLED = 600.0
 def main(*, run: Path, json: bool = False, stop: bool = False) -> None:
     """Print what a run is doing; reads files only, on any machine that sees the folder.
 
-    --json: the heartbeat with a verdict, for scripts; --stop: ask it to end with a checkpoint after its present step.
+    --json: the heartbeat (pipeline/watching/heartbeat.py), its age in seconds and a verdict (alive, hangs, dead, done,
+    stopped or failed), for scripts; --stop: ask it to end with a checkpoint after its present step.
     Exit status: 0 alive or done, 1 dead, hanging, failed or stopped, 2 a mistake in the command.
     """
     if not run.is_dir():
@@ -89,8 +90,8 @@ def lines(run: Path, beat: Beat, now: float) -> list[str]:
         "done": f"done, {span(age)} ago",
         "stopped": f"stopped on request {span(age)} ago; the same command goes on",
         "failed": f"failed {span(age)} ago: {beat.reason}",
-        "alive": f"alive: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago",
-        "hangs": f"HANGS: {doing} for {span(beat.seconds + age)}; heartbeat {span(age)} ago",
+        "alive": f"alive {span(age)} ago: {doing} for {span(beat.seconds)}",
+        "hangs": f"HANGS, told {span(age)} ago: {doing} for {span(beat.seconds)}",
         "dead": f"DEAD: {'the process has ended' if ended_here(beat) else 'no sign of life'} for {span(age)};"
         f" its last was {doing}",
     }[said]

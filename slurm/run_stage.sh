@@ -5,7 +5,8 @@
 #   Hardware   all allocated nodes, one rank for each of their GPUs
 #   Does       looks whether the nodes are fit (slurm/health.py), and is queued again without those that are not;
 #              starts pipeline/train.py --stages STAGE OPTION... as one task per GPU; succeeds only if
-#              training wrote OUT/stageSTAGE.done; a batch job that was asked to stop is queued again
+#              training wrote OUT/stageSTAGE.done; a batch job that was asked to stop, or whose training crashed or
+#              hung, is queued again
 #   Watch      squeue --me; tail -f slurm/logs/ivtlr-stageN-JOB.out; tensorboard --logdir runs
 #
 # One task per GPU, with no launcher between Slurm and the ranks: each rank gets Slurm's signals itself, one
@@ -78,8 +79,8 @@ newest_checkpoint() { # by stage and step; one without a manifest is not complet
   printf '%s\n' "${manifests[@]%/manifest.json}" | sed 's|.*/||' | sort -V | tail -n 1
 }
 
-refuse_fruitless() {
-  fail "stage $stage: started $((max_fruitless + 1)) times without getting past ${before:-its beginning}, so not" \
+refuse_fruitless() { # [WHY]
+  fail "stage $stage: ${1:+$1; }started $((max_fruitless + 1)) times without getting past ${before:-its beginning}, so not" \
     "again: save more often (--train.checkpoint_every), ask for more time, or see above; then submit the stage anew"
 }
 
@@ -92,7 +93,7 @@ shown_job() { # what Slurm says of this job; fails where it may not be queued ag
 queue_again() { # WHY [NODES]: this job, without NODES; does not return
   local now excluded
   now=$(newest_checkpoint)
-  [[ $now != "$before" ]] || ((fruitless < max_fruitless)) || refuse_fruitless
+  [[ $now != "$before" ]] || ((fruitless < max_fruitless)) || refuse_fruitless "$1"
   echo "job $SLURM_JOB_ID: $1; queued again, to go on from ${now:-its beginning}"
   trap '' TERM # comes with the next line, and the one after it is wanted
   scontrol requeue "$SLURM_JOB_ID" || fail "stage $stage: Slurm did not queue the job again; submit the stage anew"
@@ -210,5 +211,8 @@ noted "$ended"
 ((status != 0 && status < 128)) || [[ ! -s $out/stage$stage.done ]] || exit 0
 ((status == 2)) || end_if_stopped # 2: a user's mistake
 ((status != 0)) || fail "stage $stage: training ended without writing $out/stage$stage.done"
-echo "error: stage $stage: training ended with status $status; the ranks' own errors are above" >&2
+told="training ended with status $status; the ranks' own errors are above"
+# a rank that crashed, hung or lost another one; the next start looks at the nodes
+((status == 2)) || ! shown_job || [[ $shown != *" JobState=RUNNING "* ]] || queue_again "$told"
+echo "error: stage $stage: $told" >&2
 exit "$status"

@@ -85,9 +85,10 @@ out = pathlib.Path(option["--out"])
 record = {{"host": socket.gethostname(), "met": met, "argv": sys.argv[1:], "env": env, "cwd": os.getcwd()}}
 (out / "ranks" / f"{{rank}}.json").write_text(json.dumps(record))
 how = env.get("STAND_IN", "done")
-if how.startswith("exit"):
+if how.startswith("exit") or how.startswith("crash") and "SLURM_RESTART_COUNT" not in env:
     if rank == world - 1:
-        sys.exit(int(how.split()[1]))
+        status = int(how.split()[1])
+        sys.exit(status) if status > 0 else os.kill(os.getpid(), -status)
     time.sleep(60)
 if how == "asked" and "SLURM_RESTART_COUNT" not in env:
     (out / f"ready{{rank}}").touch()
@@ -98,7 +99,7 @@ if how == "asked" and "SLURM_RESTART_COUNT" not in env:
         (out / "checkpoints" / "stage0-step000003" / "manifest.json").touch()
         sys.exit(75)
     time.sleep(60)
-if how in ("done", "asked") and rank == 0:
+if how.split()[0] in ("done", "asked", "crash") and rank == 0:
     (out / f"stage{{option['--stages']}}.done").write_text("{{}}")
 print("trained")
 """
@@ -238,7 +239,7 @@ def test_sbatch_options_and_variables_change_the_number_of_ranks(project: Projec
 def test_one_failing_rank_ends_the_job_and_the_stages_after_it(project: Project) -> None:
     env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "exit 7"}
     submit = project.cluster.submit
-    first = submit("slurm/stage0.sbatch", env=env, cwd=project.root)
+    first = submit("--no-requeue", "slurm/stage0.sbatch", env=env, cwd=project.root)
     second = submit(f"--dependency=afterok:{first}", "slurm/stage1.sbatch", env=env, cwd=project.root)
     job = project.cluster.wait(first, seconds=30)
     log = Path(job["StdOut"]).read_text()
@@ -306,8 +307,25 @@ def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "1"), log
     assert log.count("queued again, to go on from stage0-step000004") == 1
     assert log.splitlines()[-1].startswith(
-        "error: stage 0: started 2 times without getting past stage0-step000004, so not again: "
+        "error: stage 0: training was asked to stop; started 2 times without getting past stage0-step000004, so not"
     )
+
+
+@pytest.mark.parametrize("ending", ["1", "70", "-9"])  # an exception, a hang, a kill
+def test_a_stage_that_broke_down_goes_on_by_itself(project: Project, ending: str) -> None:
+    job, log = project.run("slurm/stage0.sbatch", STAND_IN=f"crash {ending}", TASKS_PER_NODE="1")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    status = ending if int(ending) > 0 else "137"
+    told = f"training ended with status {status}; the ranks' own errors are above; queued again, to go on from its"
+    assert told in log
+
+
+def test_one_that_breaks_down_again_and_again_does_not(project: Project) -> None:
+    env = {"STAND_IN": "exit 1", "TASKS_PER_NODE": "1", "MAX_FRUITLESS": "1"}
+    job, log = project.run("slurm/stage0.sbatch", **env)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "1"), log
+    told = "training ended with status 1; the ranks' own errors are above"
+    assert log.splitlines()[-1].startswith(f"error: stage 0: {told}; started 2 times without getting past its")
 
 
 def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
@@ -443,6 +461,38 @@ def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name, meant in {"optim.lrr": "--optim.lr", "resum": "--resume"}.items():
         with pytest.raises(UserError, match=f"did you mean {meant}"):
             main(**settings, **{name: "1"})
+
+
+def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluster) -> None:
+    """As at its time limit: it is told before, keeps the shards that are done, and is queued again."""
+    data = tmp_path / "data"
+    env = {"PYTHON": sys.executable, "RECIPE": "tests/tiny.yaml", "DATA": str(data), "TASKS_PER_NODE": "1"}
+    many = "--data.options={grid: 3, colours: 6, train: 12000, val: 16, test: 24}"
+    prep = (f"--output={tmp_path}/prep.out", "slurm/prep.sbatch", many)
+    job = cluster.submit(*prep, env=env, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(data.glob(".parts/*.json")):
+        assert time.monotonic() < deadline, (tmp_path / "prep.out").read_text()
+        time.sleep(0.02)
+    cluster.run("scancel", "--signal=USR1", "--batch", str(job))
+    fields, log = cluster.wait(job), (tmp_path / "prep.out").read_text()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert "are done, and the next start goes on from them" in log
+    assert log.endswith(f"{data}: 12000 training samples\n")
+
+
+def test_preparation_that_gets_no_further_is_not_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = runpy.run_path(str(ROOT / "slurm" / "recipe.py"))
+    monkeypatch.setattr(recipe["STOP"], "requested", True)
+    settings = {"recipe": str(ROOT / "tests" / "tiny.yaml"), "data": str(tmp_path / "data")}
+    with pytest.raises(SystemExit, match="75"):
+        recipe["main"](**settings, make=True)
+    assert "asked to stop; 0 shards are done" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match="asked to stop before one more shard was done"):
+        recipe["main"](**settings, make=True)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

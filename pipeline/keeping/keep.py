@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomic
+from data_prep.files import atomic_folder, write_atomic
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
 from pipeline.distributed import World
@@ -301,17 +300,14 @@ class Keeper:
 
     def _export(self, stage: int, folder: Path, weights: dict[str, Tensor], parts_weights: dict[str, Tensor]) -> None:
         """Rank 0's part: written aside, and then in the place of an earlier one."""
-        parts, writing = self.parts, folder.with_name(f"{folder.name}.writing-{self.lease.token}")
-        try:
+        parts = self.parts
+        with atomic_folder(folder, f"writing-{self.lease.token}") as writing:
             write_export(
                 parts.engine.module, weights, parts_weights, parts.processor, self.config, stage, writing, parts.base,
                 parts.base_hash,
             )  # fmt: skip
             self.lease.check()
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(writing, folder)
-        finally:
-            shutil.rmtree(writing, ignore_errors=True)
 
 
 @contextlib.contextmanager

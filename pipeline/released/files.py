@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,20 +154,6 @@ def write_state(path: Path, entries: Mapping[str, Entry], aliases: Mapping[str, 
         for name, entry in tqdm(entries.items(), desc=path.name, unit="tensor", mininterval=2):
             there[name].copy_(entry.read())
         del there
-
-
-@contextlib.contextmanager
-def folder_in_whole(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` that takes its name at the end; after an exception neither is there."""
-    writing = folder.with_name(folder.name + ".writing")
-    with written(folder):
-        try:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-            yield writing
-            os.rename(writing, folder)
-        finally:
-            shutil.rmtree(writing, ignore_errors=True)
 
 
 @contextlib.contextmanager

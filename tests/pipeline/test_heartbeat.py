@@ -119,7 +119,7 @@ def test_alive(tmp_path: Path) -> None:
         (tmp_path / f"stage{stage}.done").write_text("{}")
     lines = status.lines(tmp_path, BEAT, BEAT.time + 4)
     assert lines == [
-        f"{tmp_path}: alive: training (forward) for 5 s; heartbeat 4 s ago",
+        f"{tmp_path}: alive 4 s ago: training (forward) for 1 s",
         "process 12 on node7, job 345, 4 ranks, started 1 h 6 min ago, restart 2",
         "stage 1: step 5 of 8, global step 13",
         "loss 0.2500, 2.00 steps/s, 2 s left in the stage, 3 bad samples",
@@ -128,18 +128,18 @@ def test_alive(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("phase", "head"), [("validating", "HANGS: "), ("saving", "alive: ")])
+@pytest.mark.parametrize(("phase", "head"), [("validating", "HANGS, told"), ("saving", "alive")])
 def test_a_process_that_lives_and_does_not_get_on(tmp_path: Path, phase: str, head: str) -> None:
     beat = replace(BEAT, phase=phase, seconds=715.0)
-    said = f"{tmp_path}: {head}{phase} (forward) for 12 min; heartbeat 5 s ago"
+    said = f"{tmp_path}: {head} 5 s ago: {phase} (forward) for 12 min"
     assert status.lines(tmp_path, beat, beat.time + 5)[0] == said
-    assert status.verdict(beat, beat.time + 5) == head.lower().removesuffix(": ")
+    assert status.verdict(beat, beat.time + 5) == head.lower().removesuffix(", told")
 
 
 @pytest.mark.parametrize(
     ("phase", "age", "code", "said"),
     [
-        ("training", 5, 0, "alive: training (forward) for 6 s"),
+        ("training", 5, 0, "alive 5 s ago: training (forward) for 1 s"),
         ("exporting", 110, 0, "alive"),
         ("training", 720, 1, "DEAD: no sign of life for 12 min; its last was training (forward)"),
         ("stopped", 30, 1, "stopped on request 30 s ago; the same command goes on"),
