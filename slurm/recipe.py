@@ -34,7 +34,7 @@ def main(*, recipe: str, data: str | None = None, make: bool = False, **options:
     settings = {name: value for name, value in options.items() if name not in OF_TRAINING}
     config = load_config(recipe_paths(recipe), settings | ({"data.path": data} if data else {}), OF_TRAINING)
     if make:
-        make(config)
+        make_folder(config)
         rows = len(check_data(config)["train"])
         print(f"{data_folder(config)}: {rows} training samples")
     else:
@@ -42,7 +42,7 @@ def main(*, recipe: str, data: str | None = None, make: bool = False, **options:
         print(f"make_data={to_be_made(config):d}")
 
 
-def make(config: RunConfig) -> None:
+def make_folder(config: RunConfig) -> None:
     """The shard folder.  Asked to stop, it ends with status 75; a batch job that got further is queued again first."""
     parts = Path(data_folder(config)) / PARTS
     before = shards_in(parts)

@@ -75,7 +75,8 @@ class Rank:
 def _forks() -> Any:
     os.environ.update(environment())  # the imports read it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train"])
+    # the second is what deepspeed.initialize imports besides, with torch's compiler behind it
+    context.set_forkserver_preload(["pipeline.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ class Job:
     nodes: int = 4
     tasks: int = 1
     steps: int = STEPS
+    settings: dict[str, Any] = field(default_factory=dict)
     sbatch: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -44,7 +47,7 @@ class Job:
         """Of pipeline/train.py, without blanks."""
         stages = json.dumps([{"latents": 0, "skip": 0, "steps": self.steps}], separators=(",", ":"))
         settings = {"curriculum.stages": stages, "train.checkpoint_every": EVERY, "train.val_samples": 0}
-        settings |= {"data.workers": 0, "train.export": "none"}
+        settings |= {"data.workers": 0, "train.export": "none"} | self.settings
         return [f"--{name}={value}" for name, value in settings.items()]
 
     @property
@@ -154,6 +157,16 @@ class Requeue(Fault):
         assert done.returncode == 0, done.stderr
 
 
+@dataclass
+class Signal(Fault):
+    """To one rank alone: SIGKILL ends it as a lack of memory does, SIGSTOP lets it stand still."""
+
+    number: signal.Signals
+
+    def inject(self, job: Job) -> None:
+        os.kill(launch.rank_processes(job.out)[-1], self.number)
+
+
 class TimeLimit(Fault):
     """Comes by itself."""
 
@@ -166,7 +179,7 @@ class Survived:
     """How a job came through a fault."""
 
     detected: float
-    """Seconds until Slurm queued it again"""
+    """Seconds until the job was queued again"""
     redone: int
     """Steps that were trained twice"""
     starts: int
@@ -277,6 +290,10 @@ FAULTS: dict[str, Callable[[Lab, str], list[str]]] = {
     "power off, rank 0's node": lambda lab, name: lab.measure(name, PowerOff(0)),
     "cable pulled, rank 0's node": lambda lab, name: lab.measure(name, PulledCable(0)),
     "cable pulled, another node": lambda lab, name: lab.measure(name, PulledCable(2)),
+    "one rank killed": lambda lab, name: lab.measure(name, Signal(signal.SIGKILL)),
+    "one rank stopped, hang_minutes 0.2": lambda lab, name: lab.measure(
+        name, Signal(signal.SIGSTOP), settings={"train.hang_minutes": 0.2}
+    ),
     "power off, 2 nodes x 2 tasks, LOCAL_DATA": lambda lab, name: lab.measure(
         name, PowerOff(-1), nodes=2, tasks=2, env={"LOCAL_DATA": str(lab.folder / "local")}
     ),

@@ -113,7 +113,7 @@ def test_an_export(disk: Sized, alone: None, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "gathered_weights", lambda *_: {"weight": torch.zeros(100_000)})
 
         def write_export(_: Any, weights: dict[str, torch.Tensor], *given: Any) -> None:
-            given[4].mkdir(parents=True)
+            given[4].mkdir(parents=True, exist_ok=True)
             save_file(weights, given[4] / "model.safetensors")
 
         monkeypatch.setattr(module, "write_export", write_export)

@@ -31,6 +31,7 @@ def loaded(dataset: Dataset, sampler: range, workers: int) -> Iterator[Any]:
             collate_fn=_as_it_is,
             sampler=sampler,
             num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # others import for seconds, and again every stage
             prefetch_factor=4 if workers else None,
             worker_init_fn=_outlast_signals,
         )

@@ -130,7 +130,7 @@ def test_alive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("phase", "head"), [("validating", "HANGS, told"), ("saving", "alive")])
 def test_a_process_that_lives_and_does_not_get_on(tmp_path: Path, phase: str, head: str) -> None:
-    beat = replace(BEAT, phase=phase, seconds=715.0)
+    beat = replace(BEAT, phase=phase, seconds=720.0)
     said = f"{tmp_path}: {head} 5 s ago: {phase} (forward) for 12 min"
     assert status.lines(tmp_path, beat, beat.time + 5)[0] == said
     assert status.verdict(beat, beat.time + 5) == head.lower().removesuffix(", told")

@@ -390,7 +390,7 @@ def test_taken_over_while_exporting(tmp_path: Path, lease: Lease, monkeypatch: p
     monkeypatch.setattr(module, "gathered_weights", lambda *_: {})
 
     def write_export(*given: Any) -> None:
-        given[6].mkdir()
+        given[6].mkdir(exist_ok=True)
         take_over(lease)
 
     monkeypatch.setattr(module, "write_export", write_export)
