@@ -4,6 +4,7 @@ SHELL := bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RANKS ?= 2
+TESTERS ?= 2
 DEMO := runs/demo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
@@ -17,8 +18,9 @@ demo: $(VENV)/installed
 	OMP_NUM_THREADS=$(RANKS) $(PY) -m pipeline.evaluate --run $(DEMO) --batch 100 > /dev/null  # the summary has it all
 	$(PY) -m pipeline.summary --run $(DEMO)
 
+# TESTERS processes share the tests; each has up to four ranks at a time.
 test: $(VENV)/installed
-	$(PY) -m pytest -q --durations=10 tests
+	$(PY) -m pytest -q --durations=10 --numprocesses $(TESTERS) --dist worksteal tests
 
 checks: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -30,11 +30,11 @@ from benchmarks.step_cost import write_json
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import distributed
-from pipeline.config import load_config
 from pipeline.data.order import DataState
 from pipeline.distributed import World, total
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
+from pipeline.recipe import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("none", "at once", "beside")

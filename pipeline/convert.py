@@ -19,10 +19,11 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import atomic_folder
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, LoraConfig, RunConfig, load_config, read_recipes, recipe_paths
+from pipeline.config import ROOT, LoraConfig, RunConfig
 from pipeline.export import Converted, ExportInfo
 from pipeline.latent.method import LatentMethod
 from pipeline.prepare import base_hash, check_base, data_name
+from pipeline.recipe import load_config, read_recipes, recipe_paths
 from pipeline.released.back import to_released
 from pipeline.released.exporting import write_adapter, write_merged
 from pipeline.released.files import ModelWeights, file_hash, local_folder, place_of, read_config, written

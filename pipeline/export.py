@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
 from pipeline.backbones.weights import incomplete
-from pipeline.config import LoraConfig, RunConfig, explain
+from pipeline.config import LoraConfig, RunConfig
 from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.model import LatentModel, embedding_weights, set_to_mean
 from pipeline.prepare import base_hash, data_name, in_a_line
 from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
+from pipeline.recipe import explain
 from pipeline.registry import PLUGIN, load_plugin, loaded_plugins
 from pipeline.user_files import load_json
 

@@ -21,9 +21,10 @@ from typing import Literal, get_args
 from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import evaluate
-from pipeline.config import ROOT, LoraConfig, RunConfig, load_config
+from pipeline.config import ROOT, LoraConfig, RunConfig
 from pipeline.export import FILE, ExportInfo
 from pipeline.prepare import data_folder, make_data
+from pipeline.recipe import load_config
 from pipeline.released.files import file_hash, place_of
 from pipeline.score import score_file
 from pipeline.scoring.judges import Benchmark, JudgeName

@@ -27,18 +27,20 @@ from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.agreement import agreed, facts_of_start, mistakes_shared
 from pipeline.build import build_parts, make_missing
-from pipeline.config import DEMO_RECIPE, load_config, recipe_paths
+from pipeline.config import DEMO_RECIPE
 from pipeline.data.loader import Share, StageSteps, steps_from
 from pipeline.data.unusable import Unusable
 from pipeline.data.workers import lost_workers_told
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, reset_optimizer
 from pipeline.keeping.checkpoint import Checkpoint
-from pipeline.keeping.keep import Keeper, full_disk_told
+from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.resume import from_sound
+from pipeline.keeping.writing import full_disk_told
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
+from pipeline.recipe import load_config, recipe_paths
 from pipeline.update import Update, rows_of_step
 from pipeline.validate import ValidationSet, validate
 from pipeline.watching.activity import ACTIVITY

@@ -17,8 +17,9 @@ if __name__ == "__main__":  # started by path: the modules' root is the folder a
 from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.making.publish import PARTS
-from pipeline.config import RunConfig, load_config, recipe_paths
+from pipeline.config import RunConfig
 from pipeline.prepare import check_data, data_folder, make_data, to_be_made
+from pipeline.recipe import load_config, recipe_paths
 from pipeline.watching.watch import STOP, STOPPED
 
 OF_TRAINING = {"max_bad", "resume", "prompt"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pipeline.config import load_config
 from pipeline.prepare import make_data
+from pipeline.recipe import load_config
 from tests.launch import TINY, train
 
 settings.register_profile("untimed", deadline=None)

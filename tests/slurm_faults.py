@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import load_config
 from pipeline.prepare import make_data
+from pipeline.recipe import load_config
 from tests import launch
 from tests.slurm_cluster import Cluster, unavailable
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.reader import open_split
-from pipeline.config import load_config
 from pipeline.data.loader import Share, StageSteps
 from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.prompt import RowBuilder
+from pipeline.recipe import load_config
 from tests.launch import TINY, losses, train
 
 

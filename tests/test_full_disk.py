@@ -16,8 +16,8 @@ from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.keeping import keep as module
 from pipeline.keeping.checkpoint import Checkpoints
-from pipeline.keeping.keep import full_disk_told
 from pipeline.keeping.lease import Lease
+from pipeline.keeping.writing import full_disk_told
 from pipeline.watching.monitor import Monitor
 from tests.launch import losses, train, try_train
 from tests.pipeline.test_keep import boundary, keeper_of, listing

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
-from pipeline.config import load_config
 from pipeline.data.batch import collate
 from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens
@@ -23,6 +22,7 @@ from pipeline.latent.parts import WEIGHTINGS
 from pipeline.latent.select import select_patches
 from pipeline.model import LatentModel
 from pipeline.prompt import LATENT_TOKEN, MARKERS, RowBuilder
+from pipeline.recipe import load_config
 from tests import launch
 from tests.launch import ROOT, TINY, train, try_train
 

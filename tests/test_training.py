@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from data_prep.errors import UserError
 from data_prep.reader import open_split
 from pipeline.backbones import BACKBONES
-from pipeline.config import load_config
 from pipeline.data.batch import collate
 from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens, learning_rate
@@ -32,6 +31,7 @@ from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash
 from pipeline.prompt import LATENT_TOKEN, RowBuilder
+from pipeline.recipe import load_config
 from pipeline.watching.heartbeat import read_beat
 from pipeline.watching.watchdog import HUNG
 from tests import launch

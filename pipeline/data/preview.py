@@ -21,7 +21,7 @@ from data_prep.reporting.measure import spread
 from data_prep.steps import merge_steps, split_steps
 from data_prep.tokenizer import train_tokenizer, training_texts
 from pipeline.backbones import BACKBONES
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig
 from pipeline.curriculum import stage_of_row, view
 from pipeline.data.batch import Row
 from pipeline.data.loader import Share, StageSteps
@@ -39,6 +39,7 @@ from pipeline.prompt import (
     answer_label,
     check_num_patches,
 )
+from pipeline.recipe import load_config
 
 
 class OncePrompted(RowBuilder):

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +24,7 @@ from pipeline.keeping import elastic
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState, damaged_file
 from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
-from pipeline.keeping.writing import Files
+from pipeline.keeping.writing import Files, full_disk_told
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 from pipeline.watching.guard import GuardState
@@ -308,18 +307,3 @@ class Keeper:
             )  # fmt: skip
             self.lease.check()
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def full_disk_told(out: Path) -> Iterator[None]:
-    """Turn what a full disk makes of a write, in any library, into one line.  Raises UserError."""
-    try:
-        yield
-    except Exception as error:
-        # torch's writer raises a RuntimeError of its own, safetensors another kind
-        words = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos", "iostream error")
-        if not any(word in str(error) for word in words):
-            raise
-        raise UserError(
-            f"{out} could not be written ({str(error).splitlines()[0]}); free some disk space and go on"
-        ) from None

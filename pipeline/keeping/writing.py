@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
+from data_prep.errors import UserError
 from data_prep.files import sha256, write_atomic
 
 
@@ -173,3 +174,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _tensors(inner)
+
+
+@contextmanager
+def full_disk_told(out: Path) -> Iterator[None]:
+    """Turn what a full disk makes of a write, in any library, into one line.  Raises UserError."""
+    try:
+        yield
+    except Exception as error:
+        # torch's writer raises a RuntimeError of its own, safetensors another kind
+        words = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos", "iostream error")
+        if not any(word in str(error) for word in words):
+            raise
+        raise UserError(
+            f"{out} could not be written ({str(error).splitlines()[0]}); free some disk space and go on"
+        ) from None

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from data_prep.errors import UserError
 from data_prep.files import atomic_path, sha256
 from pipeline.backbones.weights import incomplete
-from pipeline.keeping.keep import full_disk_told
+from pipeline.keeping.writing import full_disk_told
 from pipeline.prepare import in_a_line
 from pipeline.released.form import Form, Skeleton
 from pipeline.user_files import load_json

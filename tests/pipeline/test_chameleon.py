@@ -18,7 +18,7 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from data_prep.errors import UserError
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.chameleon import Chameleon, ImageTokenProcessor, image_token
-from pipeline.config import ScratchConfig, load_config
+from pipeline.config import ScratchConfig
 from pipeline.data.batch import Row, collate
 from pipeline.engine import add_tokens
 from pipeline.latent.decode import Decoding, generate
@@ -27,6 +27,7 @@ from pipeline.latent.schedules import latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import lora_scope
 from pipeline.prompt import LATENT_TOKEN, PromptConfig, RowBuilder
+from pipeline.recipe import load_config
 from tests.pipeline.conftest import TEXTS
 from tests.pipeline.examples import make_example, picture
 from tests.pipeline.tiny import FAMILIES, VOCABULARY, Shape, make_row, tiny_models

@@ -15,7 +15,7 @@ from data_prep.files import sha256
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
-from pipeline.keeping.keep import full_disk_told
+from pipeline.keeping.writing import full_disk_told
 from pipeline.watching.guard import GuardState
 from tests.pipeline.test_plan import STATE, run_folder, write_checkpoint
 

@@ -10,7 +10,8 @@ import yaml
 
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, ModelConfig, RunConfig, field_names, load_config
+from pipeline.config import ROOT, ModelConfig, RunConfig
+from pipeline.recipe import field_names, load_config
 from pipeline.user_files import load_json
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "methods")

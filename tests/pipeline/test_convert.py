@@ -20,7 +20,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from pipeline import evaluate, reproduce
 from pipeline.backbones.qwen2_vl import Qwen2VL
-from pipeline.config import ROOT, ScratchConfig, load_config
+from pipeline.config import ROOT, ScratchConfig
 from pipeline.convert import main
 from pipeline.data.batch import collate
 from pipeline.export import FILE, TOKEN_ROWS, ExportInfo, load_export
@@ -29,6 +29,7 @@ from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.prepare import base_hash
 from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.recipe import load_config
 from pipeline.released import exporting
 from pipeline.scoring.report import read_reports
 from tests.pipeline.examples import make_example

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 from data_prep.errors import UserError
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones.chameleon import Chameleon
-from pipeline.config import ROOT, ScratchConfig, load_config
+from pipeline.config import ROOT, ScratchConfig
 from pipeline.convert import main
 from pipeline.data.batch import collate
 from pipeline.export import ExportInfo, load_export
@@ -20,6 +20,7 @@ from pipeline.latent.attention import ATTENTION_NAME
 from pipeline.latent.method import LatentMethod
 from pipeline.latent.schedules import latent_forward
 from pipeline.prompt import RowBuilder
+from pipeline.recipe import load_config
 from tests.pipeline.conftest import TEXTS
 from tests.pipeline.examples import make_example
 

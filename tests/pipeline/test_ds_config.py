@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.config import ROOT, RunConfig, load_config
+from pipeline.config import ROOT, RunConfig
 from pipeline.ds_config import Triangle, check_ds_config, fill_auto, load_ds_config
+from pipeline.recipe import load_config
 
 TRIANGLE = Triangle(24, 2, 6, 2)
 

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import train_tokenizer
 from pipeline import build, distributed, memory
 from pipeline.backbones import BACKBONES
-from pipeline.config import ROOT, ScratchConfig, load_config
+from pipeline.config import ROOT, ScratchConfig
 from pipeline.ds_config import Triangle, batch_triangle, load_ds_config
 from pipeline.engine import expected_size, load_model, use_of
 from pipeline.memory import (
@@ -37,6 +37,7 @@ from pipeline.memory import (
 )
 from pipeline.memory_advice import problem_of_states, warning_of_activations
 from pipeline.model import resolve_dtype
+from pipeline.recipe import load_config
 from tests.pipeline.conftest import TEXTS
 from tests.pipeline.tiny import tiny_models
 

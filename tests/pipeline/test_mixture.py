@@ -19,7 +19,7 @@ from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
 from pipeline import distributed
 from pipeline.backbones.qwen2_vl import Qwen2VLProcessor
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig
 from pipeline.curriculum import CurriculumConfig, StageConfig
 from pipeline.data import matching as matching_module
 from pipeline.data.fitting import all_stages
@@ -29,6 +29,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.order import EpochOrder
 from pipeline.prepare import check_data, check_patches, spread
 from pipeline.prompt import PromptConfig, RowBuilder
+from pipeline.recipe import load_config
 from pipeline.validate import subset
 from tests.pipeline.test_loader import assert_same
 

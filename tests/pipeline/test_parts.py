@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline.config import load_config
 from pipeline.data.batch import Row, collate
 from pipeline.export import PARTS as PARTS_FILE
 from pipeline.export import load_parts
@@ -34,6 +33,7 @@ from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, latent_forward
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
+from pipeline.recipe import load_config
 from tests.pipeline.naive import NaiveRow, NaiveStep, full_pass, last_layers
 from tests.pipeline.tiny import Shape, family_of, make_row, tiny_models
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle
 from pipeline.keeping.checkpoint import Checkpoints, RunState
 from pipeline.keeping.fingerprint import Fingerprints
@@ -23,6 +23,7 @@ from pipeline.plan import (
     where_to_start,
     write_config,
 )
+from pipeline.recipe import load_config
 
 STATE = RunState(
     stage=0, step=8, stage_steps=8, global_step=8, samples=64, epoch=0, seed=0, world=1, zero_stage=2, index_hash="i",

@@ -12,9 +12,10 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from data_prep.errors import UserError
-from pipeline.config import LoraConfig, ModelConfig, load_config
+from pipeline.config import LoraConfig, ModelConfig
 from pipeline.prepare import base_hash, check_base, data_folder, data_name, make_data
 from pipeline.prompt import PromptConfig
+from pipeline.recipe import load_config
 from tests.pipeline.tiny import tiny_config
 
 

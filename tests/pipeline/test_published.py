@@ -12,10 +12,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data_prep.tokenizer import train_tokenizer
 from pipeline.backbones import BACKBONES
 from pipeline.backbones.chameleon import Chameleon
-from pipeline.config import RunConfig, ScratchConfig, load_config
+from pipeline.config import RunConfig, ScratchConfig
 from pipeline.curriculum import view
 from pipeline.data.batch import IGNORE, collate
 from pipeline.prompt import RowBuilder
+from pipeline.recipe import load_config
 from tests.launch import ROOT
 from tests.pipeline.conftest import TEXTS
 from tests.pipeline.examples import make_example, picture

@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import engine, registry
 from pipeline.build import method_line
-from pipeline.config import ROOT, load_config
+from pipeline.config import ROOT
 from pipeline.curriculum import COUNTS
 from pipeline.data.batch import collate
 from pipeline.ds_config import Triangle, load_ds_config
@@ -24,6 +24,7 @@ from pipeline.latent.parts import FEEDBACKS, HiddenState
 from pipeline.model import LatentModel
 from pipeline.plan import settings_hash, write_config
 from pipeline.prompt import PromptConfig
+from pipeline.recipe import load_config
 from pipeline.registry import Registry, load_plugin
 from tests.pipeline.tiny import FORMAT, Shape, make_row, tiny_models
 
