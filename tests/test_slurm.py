@@ -12,15 +12,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
+from pipeline.recipe import load_config
 from tests.slurm_cluster import Cluster, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [0, 1, 2, 3]
+SMALL = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
+"""Options of jobs of which several fit at once."""
 
 
 @pytest.fixture(autouse=True)
@@ -262,10 +266,9 @@ def asked_to_stop(project: Project, *signal: str, program: str = "pipeline/train
     out = out or f"runs/{Path(program).stem}"
     env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "asked", "TASKS_PER_NODE": "1", "OUT": out}
     env |= {"ASKED_IN": program, "HEALTH_CHECK": "30", "LOCAL_DATA": "/local", "DATA": "data"}
-    small = ("--gpus-per-node=2", "--ntasks-per-node=1", "--mem=1G")
     (project.root / "data").mkdir(exist_ok=True)
     (project.root / "data" / "manifest.json").touch()
-    job = project.cluster.submit(*small, "slurm/stage0.sbatch", env=env, cwd=project.root)
+    job = project.cluster.submit(*SMALL, "slurm/stage0.sbatch", env=env, cwd=project.root)
     while not all((project.root / out / f"ready{rank}").exists() for rank in range(2)):
         assert project.cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING")
         time.sleep(0.1)
@@ -311,13 +314,19 @@ def test_restarts_without_a_new_checkpoint_end(project: Project) -> None:
     )
 
 
-@pytest.mark.parametrize("ending", ["1", "70", "-9"])  # an exception, a hang, a kill
-def test_a_stage_that_broke_down_goes_on_by_itself(project: Project, ending: str) -> None:
-    job, log = project.run("slurm/stage0.sbatch", STAND_IN=f"crash {ending}", TASKS_PER_NODE="1")
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    status = ending if int(ending) > 0 else "137"
-    told = f"training ended with status {status}; the ranks' own errors are above; queued again, to go on from its"
-    assert told in log
+def test_a_stage_that_broke_down_goes_on_by_itself(project: Project) -> None:
+    """An exception, a hang, a kill."""
+    env = {"PYTHON": str(project.root / "stand-in"), "TASKS_PER_NODE": "1"}
+    jobs = {}
+    for status, ending in {1: 1, 70: 70, 137: -9}.items():
+        own = env | {"STAND_IN": f"crash {ending}", "OUT": f"runs/{status}"}
+        jobs[status] = project.cluster.submit(*SMALL, "slurm/stage0.sbatch", env=own, cwd=project.root)
+    for status, job in jobs.items():
+        fields = project.cluster.wait(job)
+        log = Path(fields["StdOut"]).read_text()
+        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+        told = f"training ended with status {status}; the ranks' own errors are above; queued again, to go on from its"
+        assert told in log
 
 
 def test_one_that_breaks_down_again_and_again_does_not(project: Project) -> None:
@@ -467,7 +476,7 @@ def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluste
     """As at its time limit: it is told before, keeps the shards that are done, and is queued again."""
     data = tmp_path / "data"
     env = {"PYTHON": sys.executable, "RECIPE": "tests/tiny.yaml", "DATA": str(data), "TASKS_PER_NODE": "1"}
-    many = "--data.options={grid: 3, colours: 6, train: 12000, val: 16, test: 24}"
+    many = "--data.options={grid: 3, colours: 6, train: 4000, val: 16, test: 24}"
     prep = (f"--output={tmp_path}/prep.out", "slurm/prep.sbatch", many)
     job = cluster.submit(*prep, env=env, cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -478,21 +487,46 @@ def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluste
     fields, log = cluster.wait(job), (tmp_path / "prep.out").read_text()
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert "are done, and the next start goes on from them" in log
-    assert log.endswith(f"{data}: 12000 training samples\n")
+    assert log.endswith(f"{data}: 4000 training samples\n")
 
 
 def test_preparation_that_gets_no_further_is_not_queued_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = runpy.run_path(str(ROOT / "slurm" / "recipe.py"))
-    monkeypatch.setattr(recipe["STOP"], "requested", True)
-    settings = {"recipe": str(ROOT / "tests" / "tiny.yaml"), "data": str(tmp_path / "data")}
+    make = runpy.run_path(str(ROOT / "slurm" / "recipe.py"))["make_folder"]
+    config = load_config(ROOT / "tests" / "tiny.yaml", {"data.path": str(tmp_path)})
+    asked: list[list[str]] = []
+    shards = 0
+
+    def stopped(*_: object) -> None:
+        for shard in range(shards):
+            (tmp_path / ".parts").mkdir(exist_ok=True)
+            (tmp_path / ".parts" / f"train-{shard}.json").touch()
+        raise UserError("could not be made")
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(returncode=len(asked) - 1)
+
+    monkeypatch.setitem(make.__globals__, "make_data", stopped)
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match="could not be made"):
+        make(config)
+    monkeypatch.setattr(make.__globals__["STOP"], "requested", True)
     with pytest.raises(SystemExit, match="75"):
-        recipe["main"](**settings, make=True)
+        make(config)
     assert "asked to stop; 0 shards are done" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(UserError, match="asked to stop before one more shard was done"):
-        recipe["main"](**settings, make=True)
+        make(config)
+    assert not asked
+    shards = 1
+    with pytest.raises(SystemExit, match="75"):
+        make(config)
+    shards = 2
+    with pytest.raises(UserError, match="Slurm did not queue the job again"):
+        make(config)
+    assert asked == [["scontrol", "requeue", "7"]] * 2
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
