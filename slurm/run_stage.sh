@@ -81,7 +81,8 @@ newest_checkpoint() { # by stage and step; one without a manifest is not complet
 
 refuse_fruitless() { # [WHY]
   fail "stage $stage: ${1:+$1; }started $((max_fruitless + 1)) times without getting past" \
-    "${before:-its beginning}, so not again: save more often (--train.checkpoint_every), ask for more time, or see above; then submit the stage anew"
+    "${before:-its beginning}, so not again: save more often (--train.checkpoint_every), ask for more time, or see" \
+    "above; then submit the stage anew"
 }
 
 shown_job() { # what Slurm says of this job; fails where it may not be queued again
