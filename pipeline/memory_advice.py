@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import torch
+
+from data_prep.errors import UserError
 from pipeline.memory import USABLE, Forecast, ModelSize, Room, Use, activation_bytes, forecast
 
 MOST_RANKS = 4096
@@ -111,6 +115,25 @@ def warning_of_activations(size: ModelSize, use: Use, room: Room) -> str:
         f" {_gb(now.activations)} for activations beside {_gb(now.states)} for parameters and optimizer, of"
         f" {_gb(room.device)}" + (f"; would fit with: {'; or '.join(advice)}" if advice else "")
     )
+
+
+@contextmanager
+def lack_of_memory_told(trained: Callable[[], bool]) -> Iterator[None]:
+    """Turn a GPU's lack of memory before a start's first step is done into one line.  Raises UserError.
+
+    Later it is left as it is: memory that was cut up may suffice to the next start.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if trained():
+            raise
+        said = str(error).partition(" Of the allocated memory")[0].rstrip(". ")
+        raise UserError(
+            f"out of memory before the first step was done: {' '.join(said.split())}; less is taken by a smaller"
+            " train.micro_batch or prompt.max_tokens, model.checkpointing true, ZeRO-3, offloading (the DeepSpeed"
+            " file), more ranks"
+        ) from None
 
 
 def _same(value):  # type: ignore[no-untyped-def]

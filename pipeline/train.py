@@ -38,6 +38,7 @@ from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.resume import from_sound
 from pipeline.keeping.writing import full_disk_told
+from pipeline.memory_advice import lack_of_memory_told
 from pipeline.plan import Plan, make_plan
 from pipeline.prompt import PROMPTS
 from pipeline.recipe import load_config, recipe_paths
@@ -100,7 +101,8 @@ def main(
                 # whoever had the folder until now may have got further
                 plan = make_plan(config, ds, out, stages, resume, world.size)
         heartbeat = Heartbeat(plan.out, lease, world.rank, world.size)
-        with full_disk_told(plan.out), lost_workers_told(), heartbeat:
+        short_of_memory = lack_of_memory_told(trained=lambda: heartbeat.where.stage >= 0)
+        with full_disk_told(plan.out), lost_workers_told(), short_of_memory, heartbeat:
             Run(plan, world, lease, heartbeat).train()
         distributed.stop()
     finally:

@@ -35,7 +35,7 @@ from pipeline.memory import (
     snapshot_bytes,
     stays_resident,
 )
-from pipeline.memory_advice import problem_of_states, warning_of_activations
+from pipeline.memory_advice import lack_of_memory_told, problem_of_states, warning_of_activations
 from pipeline.model import resolve_dtype
 from pipeline.recipe import load_config
 from tests.pipeline.conftest import TEXTS
@@ -303,3 +303,18 @@ def test_rows_that_may_not_fit() -> None:
         r"train.micro_batch 1 and prompt.max_tokens (\d+)", warning_of_activations(FULL, use, small)
     )
     assert of(room=small, rows=1, row_columns=int(columns), checkpointing=False).fits
+
+
+def test_a_gpu_that_is_too_small_for_the_first_step() -> None:
+    """A mistake in the settings is one line; later the next start may do better, and its error stays as it is."""
+    said = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 12.06 GiB is"
+        " free. Of the allocated memory 60.10 GiB is allocated by PyTorch. See documentation for Memory Management"
+    )
+    with pytest.raises(UserError) as told, lack_of_memory_told(lambda: False):
+        raise torch.OutOfMemoryError(said)
+    (line,) = told.value.lines
+    assert line.startswith("out of memory before the first step was done: CUDA out of memory. Tried to allocate 20.00")
+    assert "12.06 GiB is free; less is taken by a smaller train.micro_batch" in line
+    with pytest.raises(torch.OutOfMemoryError), lack_of_memory_told(lambda: True):
+        raise torch.OutOfMemoryError(said)
