@@ -232,8 +232,8 @@ def run(
     returns; `parts` are the functions, under a heading each, that `main` hands its `**options` to.
 
     Raises:
-        SystemExit: 2 after a user's mistake (one `error: ...` line each on stderr), 130 after an interrupt, 143
-        after `Terminated`.
+        SystemExit: 2 after a user's mistake and 1 after a `PassingFault` (one `error: ...` line each on stderr), 130
+        after an interrupt, 143 after `Terminated`.
     """
     argv = sys.argv[1:] if argv is None else argv
     lists = {name for name, p in options_of(main).items() if get_origin(_required(p.annotation)) is list}
@@ -246,7 +246,7 @@ def run(
     except UserError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None
     except KeyboardInterrupt as error:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(143 if isinstance(error, Terminated) else 130) from None

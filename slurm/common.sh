@@ -32,6 +32,25 @@ find_ds() { # sets ds, the DeepSpeed file
   [[ -f $ds ]] || fail "no DeepSpeed config $ds; set DS"
 }
 
+ask_slurm() { # WORD...: scontrol; where the controller does not answer, such as while the network is away, again
+  local tries said status
+  for ((tries = 0; tries < 30; tries++)); do # five minutes, and what each try takes
+    ((tries == 0)) || sleep 10
+    status=0
+    said=$(scontrol "$@" 2>&1) || status=$?
+    if ((status == 0)) || [[ ! ${said,,} =~ "unable to contact"|"connection"|"timed out"|"zero bytes"|"standby" ]]; then break; fi
+  done
+  [[ -z $said ]] || echo "$said"
+  return "$status"
+}
+
+may_be_queued_again() { # sets shown, what Slurm says of this job; only of a batch job that is running this start
+  shown=" $(ask_slurm show job --oneliner "$SLURM_JOB_ID") " || { echo "${shown:1}" >&2 && return 1; }
+  # not in an salloc shell, nor under --no-requeue, nor where Slurm has given this start up and made another
+  [[ $shown =~ " BatchFlag="[1-9] && $shown == *" Requeue=1 "* &&
+    $shown == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
+
 find_python() { # sets python, and puts its programs first
   if [[ -n ${PYTHON:-} ]]; then
     python=$PYTHON

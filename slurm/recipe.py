@@ -1,18 +1,21 @@
 """Command: what a recipe asks of the jobs of slurm/.  `python slurm/recipe.py --recipe X.yaml [--data DIR]`
 
 Prints `stages=N` and `make_data=0|1`, whether the shard folder has to be made first.  With --make true it makes and
-checks the folder, which needs no GPU; at SIGUSR1, which Slurm sends before a job's time limit, the job is queued again.
+checks the folder, which needs no GPU; at SIGUSR1 it ends with status 75 if it got further, and can go on.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.watching.watch import STOP, STOPPED
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    STOP.begin("stopped on request; the shards that are done stay")
 
 from data_prep import cli
 from data_prep.errors import UserError
@@ -20,7 +23,6 @@ from data_prep.making.publish import PARTS
 from pipeline.config import RunConfig
 from pipeline.prepare import check_data, data_folder, make_data, to_be_made
 from pipeline.recipe import load_config, recipe_paths
-from pipeline.watching.watch import STOP, STOPPED
 
 OF_TRAINING = {"max_bad", "resume", "prompt"}
 """Options of pipeline/train.py that are no settings, and that do not matter here."""
@@ -44,9 +46,9 @@ def main(*, recipe: str, data: str | None = None, make: bool = False, **options:
 
 
 def make_folder(config: RunConfig) -> None:
-    """The shard folder.  Asked to stop, it ends with status 75; a batch job that got further is queued again first."""
+    """The shard folder.  Asked to stop, it ends with status 75 if one more shard is done; else raises UserError."""
     parts = Path(data_folder(config)) / PARTS
-    before = shards_in(parts)
+    before = newest_of(parts)
     try:
         make_data(config, print)
     except UserError:
@@ -54,20 +56,16 @@ def make_folder(config: RunConfig) -> None:
             raise
     else:
         return
-    job, done = os.environ.get("SLURM_JOB_ID"), shards_in(parts)
-    if job and done == before:
-        raise UserError("asked to stop before one more shard was done, so not queued again; ask for more time")
-    print(f"asked to stop; {done} shards are done, and the next start goes on from them", flush=True)
-    if job and subprocess.run(["scontrol", "requeue", job], check=False).returncode:
-        raise UserError("Slurm did not queue the job again; submit it anew")
+    if newest_of(parts) <= before:
+        raise UserError("asked to stop before one more shard was done; it needs more time")
+    print("asked to stop; the shards that are done stay, and the next start goes on from them", flush=True)
     raise SystemExit(STOPPED)
 
 
-def shards_in(parts: Path) -> int:
-    """Shards that are done of a folder that is being made."""
-    return len(list(parts.glob("*.json")))
+def newest_of(parts: Path) -> int:
+    """When the newest shard of a folder that is being made was done, in nanoseconds; 0 where there is none."""
+    return max((path.stat().st_mtime_ns for path in parts.glob("*.json")), default=0)
 
 
 if __name__ == "__main__":
-    STOP.begin()
     cli.run(main)

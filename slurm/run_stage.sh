@@ -17,6 +17,7 @@
 # IVTLR_ROOT
 set -euo pipefail
 STOPPED=75 # status of training that was asked to stop, saved, and can go on (pipeline/watching/watch.py)
+AT_ONCE=130 # and of one that was interrupted twice
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -67,7 +68,7 @@ options=(--ds "$ds" --recipe "$recipe" --out "$out" --stages "$stage")
 
 # ---- restarts ----------------------------------------------------------------------------------------------
 mkdir -p "$out" || fail "$out cannot be made a run folder"
-restarts=$out/slurm_restarts # the job, its starts in a row that added nothing, the newest checkpoint before this one
+restarts=$out/slurm_restarts # the job, its starts in a row that added nothing, the furthest checkpoint before this one
 # a name of this start's own: a network file system may remember for a while that a file was not there
 start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 ended=$out/slurm_ended.$start
@@ -79,25 +80,23 @@ newest_checkpoint() { # by stage and step; one without a manifest is not complet
   printf '%s\n' "${manifests[@]%/manifest.json}" | sed 's|.*/||' | sort -V | tail -n 1
 }
 
-refuse_fruitless() { # [WHY]
-  fail "stage $stage: ${1:+$1; }started $((max_fruitless + 1)) times without getting past" \
-    "${before:-its beginning}, so not again: save more often (--train.checkpoint_every), ask for more time, or see" \
-    "above; then submit the stage anew"
+is_further() { # CHECKPOINT: whether it is behind the furthest one
+  [[ $1 != "$furthest" && $(printf '%s\n' "$1" "$furthest" | sort -V | tail -n 1) == "$1" ]]
 }
 
-shown_job() { # what Slurm says of this job; fails where it may not be queued again
-  shown=" $(scontrol show job --oneliner "$SLURM_JOB_ID") " || return 1
-  # not in an salloc shell, nor under --no-requeue
-  [[ $shown =~ " BatchFlag="[1-9] && $shown == *" Requeue=1 "* ]]
+refuse_fruitless() { # [WHY]
+  fail "stage $stage: ${1:+$1; }started $((max_fruitless + 1)) times without getting past" \
+    "${furthest:-its beginning}, so not again: save more often (--train.checkpoint_every), ask for more time, or see" \
+    "above; then submit the stage anew"
 }
 
 queue_again() { # WHY [NODES]: this job, without NODES; does not return
   local now excluded
   now=$(newest_checkpoint)
-  [[ $now != "$before" ]] || ((fruitless < max_fruitless)) || refuse_fruitless "$1"
+  is_further "$now" || ((fruitless < max_fruitless)) || refuse_fruitless "$1"
   echo "job $SLURM_JOB_ID: $1; queued again, to go on from ${now:-its beginning}"
   trap '' TERM # comes with the next line, and the one after it is wanted
-  scontrol requeue "$SLURM_JOB_ID" || fail "stage $stage: Slurm did not queue the job again; submit the stage anew"
+  ask_slurm requeue "$SLURM_JOB_ID" || fail "stage $stage: Slurm did not queue the job again; submit the stage anew"
   if [[ -n ${2:-} ]]; then # only a job that waits can be told; it does so for as long as credentials live (120 s)
     excluded=$(sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p' <<<"$shown")
     [[ -z $excluded || $excluded == "(null)" ]] || set -- "$1" "$2,$excluded"
@@ -109,7 +108,7 @@ queue_again() { # WHY [NODES]: this job, without NODES; does not return
 
 end_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
   # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
-  if shown_job && { [[ $shown == *" Reason=TimeLimit "* ]] ||
+  if may_be_queued_again && { [[ $shown == *" Reason=TimeLimit "* ]] ||
     { ((status == STOPPED)) && [[ $shown == *" JobState=RUNNING "* ]]; }; }; then
     queue_again "training was asked to stop"
   fi
@@ -117,16 +116,16 @@ end_if_stopped() { # asked to stop, or over the time limit: queue this job again
 }
 
 before=$(newest_checkpoint)
-job="" fruitless=0 last=""
-[[ ! -e $restarts ]] || read -r job fruitless last <"$restarts" || true
+job="" fruitless=0 furthest=""
+[[ ! -e $restarts ]] || read -r job fruitless furthest <"$restarts" || true
 [[ $fruitless =~ ^(0|[1-9][0-9]*)$ ]] || fruitless=0 # a damaged file
-if [[ ${SLURM_RESTART_COUNT:-0} != 0 && $job == "$SLURM_JOB_ID" && $last == "$before" ]]; then
+if [[ ${SLURM_RESTART_COUNT:-0} == 0 || $job != "$SLURM_JOB_ID" ]] || is_further "$before"; then
+  fruitless=0 furthest=$before
+else
   fruitless=$((fruitless + 1))
   ((fruitless <= max_fruitless)) || refuse_fruitless # Slurm itself queues jobs again, too
-else
-  fruitless=0
 fi
-echo "$SLURM_JOB_ID $fruitless $before" >"$restarts"
+echo "$SLURM_JOB_ID $fruitless $furthest" >"$restarts"
 
 # Every start numbers its steps from 0.  An earlier one's srun, on a node that was cut off and comes back, would end our
 # step of the same number when its own rank fails: so the three numbers of each start before are used up.
@@ -180,7 +179,7 @@ check_nodes() { # goes on only with nodes that are fit for training
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
   # under --nodelist it would wait for the unfit node for ever
-  shown_job && [[ $shown == *" JobState=RUNNING "* && $shown == *" ReqNodeList=(null) "* ]] ||
+  may_be_queued_again && [[ $shown == *" JobState=RUNNING "* && $shown == *" ReqNodeList=(null) "* ]] ||
     fail "stage $stage: submit it again with --exclude=$bad"
   queue_again "$bad not fit for training (see $out/bad_nodes)" "$bad"
 }
@@ -212,8 +211,10 @@ noted "$ended"
 ((status != 0 && status < 128)) || [[ ! -s $out/stage$stage.done ]] || exit 0
 ((status == 2)) || end_if_stopped # 2: a user's mistake
 ((status != 0)) || fail "stage $stage: training ended without writing $out/stage$stage.done"
-told="training ended with status $status; the ranks' own errors are above"
+told="training ended with status $status; the ranks' own errors, or srun's, are above"
 # a rank that crashed, hung or lost another one; the next start looks at the nodes
-((status == 2)) || ! shown_job || [[ $shown != *" JobState=RUNNING "* ]] || queue_again "$told"
+if ((status != 2 && status != AT_ONCE)) && may_be_queued_again && [[ $shown == *" JobState=RUNNING "* ]]; then
+  queue_again "$told"
+fi
 echo "error: stage $stage: $told" >&2
 exit "$status"

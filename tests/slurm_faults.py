@@ -283,7 +283,7 @@ class Lab:
 FAULTS: dict[str, Callable[[Lab, str], list[str]]] = {
     "scontrol requeue": lambda lab, name: lab.measure(name, Requeue()),
     "time limit, USR1 before it": lambda lab, name: lab.measure(
-        name, TimeLimit(), steps=140, sbatch=["--time=2", "--signal=USR1@45"]
+        name, TimeLimit(), steps=300, sbatch=["--time=2", "--signal=USR1@45"]
     ),
     "submit_all.sh, node lost in stage 1": lambda lab, name: lab.chain(name),
     "power off, last node": lambda lab, name: lab.measure(name, PowerOff(-1)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +38,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # and leaves a record; STAND_IN says how it ends.
 STAND_IN = """\
 #!{python} -IS
-import json, os, pathlib, signal, socket, sys, time
+import json, os, pathlib, shutil, signal, socket, sys, time
 env = dict(os.environ)
 option = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 program = sys.argv[1] if sys.argv[1] != "-m" else sys.argv[2]
@@ -94,6 +94,19 @@ if how.startswith("exit") or how.startswith("crash") and "SLURM_RESTART_COUNT" n
         status = int(how.split()[1])
         sys.exit(status) if status > 0 else os.kill(os.getpid(), -status)
     time.sleep(60)
+if how == "cancelled":
+    (out / f"ready{{rank}}").touch()
+    while not asked:
+        time.sleep(0.02)
+    sys.exit(1)
+if how.startswith("to and fro"):
+    if rank:
+        time.sleep(60)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if int(env.get("SLURM_RESTART_COUNT", "0")) % 2 == 0:
+        (out / "checkpoints" / "stage0-step000008").mkdir(parents=True)
+        (out / "checkpoints" / "stage0-step000008" / "manifest.json").touch()
+    sys.exit(1)
 if how == "asked" and "SLURM_RESTART_COUNT" not in env:
     (out / f"ready{{rank}}").touch()
     while not asked:
@@ -325,7 +338,7 @@ def test_a_stage_that_broke_down_goes_on_by_itself(project: Project) -> None:
         fields = project.cluster.wait(job)
         log = Path(fields["StdOut"]).read_text()
         assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
-        told = f"training ended with status {status}; the ranks' own errors are above; queued again, to go on from its"
+        told = f"training ended with status {status}; the ranks' own errors, or srun's, are above; queued again, to go"
         assert told in log
 
 
@@ -333,7 +346,7 @@ def test_one_that_breaks_down_again_and_again_does_not(project: Project) -> None
     env = {"STAND_IN": "exit 1", "TASKS_PER_NODE": "1", "MAX_FRUITLESS": "1"}
     job, log = project.run("slurm/stage0.sbatch", **env)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "1"), log
-    told = "training ended with status 1; the ranks' own errors are above"
+    told = "training ended with status 1; the ranks' own errors, or srun's, are above"
     assert log.splitlines()[-1].startswith(f"error: stage 0: {told}; started 2 times without getting past its")
 
 
@@ -359,7 +372,45 @@ def test_restarts_by_slurm_itself_are_counted(project: Project) -> None:
     assert not (project.root / "ran").exists()
 
 
+def test_a_checkpoint_that_is_lost_again_is_no_progress(project: Project) -> None:
+    job, log = project.run(*SMALL, "slurm/stage0.sbatch", STAND_IN="to and fro", TASKS_PER_NODE="1", MAX_FRUITLESS="1")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "2"), log
+    assert "started 2 times without getting past stage0-step000008, so not again" in log
+
+
+def test_one_that_crashes_when_it_is_cancelled_is_not_tried_again(project: Project) -> None:
+    env = {"PYTHON": str(project.root / "stand-in"), "STAND_IN": "cancelled", "TASKS_PER_NODE": "1"}
+    job = project.cluster.submit(*SMALL, "slurm/stage0.sbatch", env=env, cwd=project.root)
+    deadline = time.monotonic() + 60
+    while not all((project.root / "runs" / "demo" / f"ready{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    project.cluster.run("scancel", str(job))
+    fields = project.cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), Path(fields["StdOut"]).read_text()
+
+
+def test_a_controller_that_is_away_for_a_while(project: Project) -> None:
+    """A network that fails ends training, and keeps the job's script from Slurm; it waits."""
+    away = project.root / "away"
+    away.mkdir()
+    (away / "scontrol").write_text(
+        f"""#!/bin/bash
+[[ $1 != show || $2 != job || -e {shlex.quote(str(away))}/asked ]] || {{ touch {shlex.quote(str(away))}/asked
+  echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }}
+exec {shutil.which("scontrol")} "$@"
+"""
+    )
+    (away / "scontrol").chmod(0o755)
+    path = f"{away}:{os.environ['PATH']}"
+    job, log = project.run(*SMALL, "slurm/stage0.sbatch", STAND_IN="crash 1", TASKS_PER_NODE="1", PATH=path)
+    assert (away / "asked").exists()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+
+
 def test_other_endings_are_not_tried_again(project: Project) -> None:
+    job, log = project.run("slurm/stage0.sbatch", STAND_IN="exit 130", TASKS_PER_NODE="1")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "130:0", "0"), log
     job, log = project.run("slurm/stage0.sbatch", STAND_IN="exit 2", TASKS_PER_NODE="1")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
     job, log = project.run("--no-requeue", "slurm/stage0.sbatch", STAND_IN="exit 75", TASKS_PER_NODE="1")
@@ -486,47 +537,33 @@ def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluste
     cluster.run("scancel", "--signal=USR1", "--batch", str(job))
     fields, log = cluster.wait(job), (tmp_path / "prep.out").read_text()
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
-    assert "are done, and the next start goes on from them" in log
+    assert "the shards that are done stay, and the next start goes on from them" in log
     assert log.endswith(f"{data}: 4000 training samples\n")
 
 
-def test_preparation_that_gets_no_further_is_not_queued_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_preparation_that_gets_no_further_is_not_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = runpy.run_path(str(ROOT / "slurm" / "recipe.py"))["make_folder"]
     config = load_config(ROOT / "tests" / "tiny.yaml", {"data.path": str(tmp_path)})
-    asked: list[list[str]] = []
-    shards = 0
+    old, new = (tmp_path / ".parts" / f"train-00000{shard}.json" for shard in range(2))
+    old.parent.mkdir()
+    old.touch()
+    done: list[Path] = []
 
     def stopped(*_: object) -> None:
-        for shard in range(shards):
-            (tmp_path / ".parts").mkdir(exist_ok=True)
-            (tmp_path / ".parts" / f"train-{shard}.json").touch()
+        old.unlink(missing_ok=True)  # it was of other options
+        for shard in done:
+            shard.touch()
         raise UserError("could not be made")
 
-    def run(command: list[str], check: bool) -> SimpleNamespace:
-        asked.append(command)
-        return SimpleNamespace(returncode=len(asked) - 1)
-
     monkeypatch.setitem(make.__globals__, "make_data", stopped)
-    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match="could not be made"):
         make(config)
     monkeypatch.setattr(make.__globals__["STOP"], "requested", True)
-    with pytest.raises(SystemExit, match="75"):
-        make(config)
-    assert "asked to stop; 0 shards are done" in capsys.readouterr().out
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(UserError, match="asked to stop before one more shard was done"):
         make(config)
-    assert not asked
-    shards = 1
+    done.append(new)
     with pytest.raises(SystemExit, match="75"):
         make(config)
-    shards = 2
-    with pytest.raises(UserError, match="Slurm did not queue the job again"):
-        make(config)
-    assert asked == [["scontrol", "requeue", "7"]] * 2
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

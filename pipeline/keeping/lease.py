@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from data_prep.files import parse_json
 
 RENEW, STALE = 5.0, 60.0
@@ -83,7 +83,7 @@ class Lease:
                 found = False
             held = _clock() - self._renewed
             if not found and held > STALE:
-                raise UserError(
+                raise PassingFault(
                     f"{self.path} could not be renewed for {held:.0f} s and cannot be read: another training may have"
                     f" taken {self.path.parent} over; look after the file system, then start again"
                 )

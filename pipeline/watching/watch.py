@@ -24,6 +24,9 @@ PATIENCE = 3.0
 """Seconds in which a process that is to end at once may clean up; in foreign code it would notice no signal."""
 
 
+BEFORE = "stopped on request before the first step; start again to go on"
+
+
 class StopRequest:
     """Signals that ask for a stop.
 
@@ -33,12 +36,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._words = BEFORE
         self._agreeing = self._leaving = False
         self._interrupts = 0
         self._unsaid = threading.Lock()
 
-    def begin(self) -> None:
-        """To be called before the imports, which take seconds: a signal in them counts, too."""
+    def begin(self, words: str = BEFORE) -> None:
+        """To be called before the imports, which take seconds: a signal in them counts, too.
+
+        words: what is said where it ends the process.
+        """
+        self._words = words
         end, numbers = os.pipe()
         os.set_blocking(numbers, False)
         signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
@@ -71,7 +79,7 @@ class StopRequest:
 
     def _say_left(self) -> None:
         if self._unsaid.acquire(blocking=False):  # once
-            _say("stopped on request before the first step; start again to go on")
+            _say(self._words)
 
     def _watch(self, end: int) -> None:
         """On a thread of its own: it notices signals while the main thread is in foreign code."""
@@ -143,6 +151,8 @@ def run_rank(main: Callable[..., None], first: bool) -> None:
 
 
 def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..., None]], None]) -> None:
+    from data_prep.errors import PassingFault, UserError
+
     if first:
         return run(main)
     said = io.StringIO()
@@ -150,9 +160,10 @@ def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..
         with contextlib.redirect_stderr(said):
             run(main)
     except SystemExit as end:
-        if end.code == 2:
+        if end.code in (UserError.status, PassingFault.status):
+            status = end.code
             # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
             time.sleep(30)
             # it has not: the mistake is this rank's alone, such as its node's full disk
             sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))

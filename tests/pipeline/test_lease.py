@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from data_prep.files import write_atomic
 from pipeline.keeping import lease as module
 from pipeline.keeping.lease import STALE, Lease
@@ -230,7 +230,7 @@ def test_who_cannot_renew_counts_himself_as_replaced(held: Lease, monkeypatch: p
         held.check()  # a moment
         now = module._clock()
         patch.setattr(module, "_clock", lambda: now + 1.5 * STALE)
-        with pytest.raises(UserError, match=r"could not be renewed for 9\d s and cannot be read"):
+        with pytest.raises(PassingFault, match=r"could not be renewed for 9\d s and cannot be read"):
             held.check()
     held.check()
 
