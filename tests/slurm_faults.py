@@ -159,12 +159,15 @@ class Requeue(Fault):
 
 @dataclass
 class Signal(Fault):
-    """To one rank alone: SIGKILL ends it as a lack of memory does, SIGSTOP lets it stand still."""
+    """To one rank or loader's worker alone: SIGKILL ends it as a lack of memory does, SIGSTOP lets it stand still."""
 
     number: signal.Signals
+    worker: bool = False
 
     def inject(self, job: Job) -> None:
-        os.kill(launch.rank_processes(job.out)[-1], self.number)
+        ranks = launch.rank_processes(job.out)
+        workers = [pid for pid, parent in launch.training_processes(job.out).items() if parent in ranks]
+        os.kill((workers if self.worker else ranks)[-1], self.number)
 
 
 class TimeLimit(Fault):
@@ -291,6 +294,9 @@ FAULTS: dict[str, Callable[[Lab, str], list[str]]] = {
     "cable pulled, rank 0's node": lambda lab, name: lab.measure(name, PulledCable(0)),
     "cable pulled, another node": lambda lab, name: lab.measure(name, PulledCable(2)),
     "one rank killed": lambda lab, name: lab.measure(name, Signal(signal.SIGKILL)),
+    "one loader's worker killed": lambda lab, name: lab.measure(
+        name, Signal(signal.SIGKILL, worker=True), settings={"data.workers": 1}
+    ),
     "one rank stopped, hang_minutes 0.2": lambda lab, name: lab.measure(
         name, Signal(signal.SIGSTOP), settings={"train.hang_minutes": 0.2}
     ),
