@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -523,6 +525,15 @@ def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
             main(**settings, **{name: "1"})
 
 
+def processes_with(*words: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            given = (entry / "cmdline").read_bytes().decode().split("\0")
+            found += [int(entry.name)] * all(word in given for word in words)
+    return found
+
+
 def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluster) -> None:
     """As at its time limit: it is told before, keeps the shards that are done, and is queued again."""
     data = tmp_path / "data"
@@ -534,7 +545,11 @@ def test_preparation_goes_on_in_a_later_job_time(tmp_path: Path, cluster: Cluste
     while not list(data.glob(".parts/*.json")):
         assert time.monotonic() < deadline, (tmp_path / "prep.out").read_text()
         time.sleep(0.02)
+    (maker,) = processes_with("data_prep.shard", str(data))
+    os.kill(maker, signal.SIGSTOP)  # a fast machine would be done before the signal
     cluster.run("scancel", "--signal=USR1", "--batch", str(job))
+    time.sleep(2)  # it is asked every half second
+    os.kill(maker, signal.SIGCONT)
     fields, log = cluster.wait(job), (tmp_path / "prep.out").read_text()
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert "the shards that are done stay, and the next start goes on from them" in log
