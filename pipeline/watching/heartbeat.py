@@ -128,8 +128,8 @@ class Heartbeat:
         elif isinstance(error, SystemExit) and error.code == STOPPED:
             self.close("stopped")
         else:
-            reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("UserError: ").split())
-            self.close("failed", reason[:1000])
+            kind_of = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.close("failed", " ".join(f"{kind_of}{error}".split())[:1000])
 
     def close(self, phase: str, reason: str = "") -> None:
         """The last beat: what became of the run.  The first to tell is believed: what comes after follows from it."""

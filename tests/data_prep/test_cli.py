@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from data_prep import cli
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,16 @@ def test_run_reports_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
         cli.run(command, ["--size", "-1"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: --size: too small\nerror: --size: try 3\n"
+
+
+def test_a_fault_that_may_pass_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise PassingFault("the disk is away")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(broken, [])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: the disk is away\n"
 
 
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:

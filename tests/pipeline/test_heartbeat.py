@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from pipeline import status
 from pipeline.keeping.lease import Lease, this_process
 from pipeline.watching import heartbeat as module
@@ -75,6 +75,7 @@ def test_phases_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (SystemExit(STOPPED), "stopped", ""),
         (UserError("no data", "no model"), "failed", "no data no model"),
+        (PassingFault("no disk"), "failed", "no disk"),
         (RuntimeError("out of\nmemory"), "failed", "RuntimeError: out of memory"),
     ],
 )

@@ -68,6 +68,15 @@ def test_the_first_rank_alone_says_it() -> None:
     assert (done.returncode, done.stderr) == (STOPPED, "")
 
 
+@pytest.mark.parametrize(("kind", "status"), [("UserError", 2), ("PassingFault", 1)])
+def test_another_rank_keeps_its_status_when_its_launcher_ends_it(kind: str, status: int) -> None:
+    """It waits, as the first is to speak, and is ended meanwhile."""
+    fails = f"\ndef main():\n from data_prep.errors import {kind}\n raise {kind}('told once')\n"
+    done = run("import sys; sys.argv = ['x']; " + BEGIN + SOON.format("TERM").replace("0.3", "3") + fails
+               + "from pipeline.watching.watch import run_rank; run_rank(main, False)", rank=1)  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 def test_a_program_that_is_waited_for_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the preparation of data, which goes on at the next start."""
     monkeypatch.setattr(watch, "STOP", watch.StopRequest())
