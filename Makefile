@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 
 # TESTERS processes share the tests; each has up to four ranks at a time.
 test: $(VENV)/installed
-	$(PY) -m pytest -q --durations=10 --numprocesses $(TESTERS) --dist worksteal tests
+	$(PY) -m pytest -q -rs --durations=10 --numprocesses $(TESTERS) --dist worksteal tests
 
 checks: $(VENV)/installed
 	$(VENV)/bin/ruff check .

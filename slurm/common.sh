@@ -12,14 +12,26 @@ words_of() { # ARRAY TEXT: split at blanks and at ends of lines
   read -r -d '' -a "$1" <<<"$2" || true
 }
 
+name_of_recipe() { # what its line `name:` says, as in training; of several files the last that says one
+  local files file line name="" says="^name: *[\"']?([^\"'# ]+)"
+  IFS=, read -r -a files <<<"$recipe"
+  for file in "${files[@]}"; do
+    [[ -f $file ]] || continue
+    while IFS= read -r line || [[ -n $line ]]; do
+      [[ ! $line =~ $says ]] || name=${BASH_REMATCH[1]}
+    done <"$file"
+  done
+  [[ -n $name ]] || name=${recipe##*/} name=${name%.*}
+  echo "$name"
+}
+
 enter_project() { # goes to the project root and sets recipe, out and recipe_options
   # Slurm runs a copy of the job file, so the project is found by where the job was submitted
   root=${IVTLR_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
   [[ -f $root/pipeline/train.py ]] || fail "$root is not the project root; submit from there, or set IVTLR_ROOT"
   cd "$root"
   recipe=${RECIPE:-recipes/demo.yaml}
-  local name=${recipe##*/}
-  out=${OUT:-runs/${name%.*}}
+  out=${OUT:-runs/$(name_of_recipe)}
   local extra
   words_of extra "${EXTRA:-}"
   recipe_options=(--recipe "$recipe")
@@ -33,12 +45,12 @@ find_ds() { # sets ds, the DeepSpeed file
 }
 
 ask_slurm() { # WORD...: scontrol; where the controller does not answer, such as while the network is away, again
-  local tries said status
+  local tries said status away="unable to contact|connection|timed out|zero bytes|standby"
   for ((tries = 0; tries < 30; tries++)); do # five minutes, and what each try takes
     ((tries == 0)) || sleep 10
     status=0
     said=$(scontrol "$@" 2>&1) || status=$?
-    if ((status == 0)) || [[ ! ${said,,} =~ "unable to contact"|"connection"|"timed out"|"zero bytes"|"standby" ]]; then break; fi
+    if ((status == 0)) || [[ ! ${said,,} =~ $away ]]; then break; fi
   done
   [[ -z $said ]] || echo "$said"
   return "$status"

@@ -28,8 +28,9 @@ SPACE = {"/tmp": 512, "/dev/shm": 64}
 """MB that must be free: of temporary files, and of what loaders and NCCL share."""
 SKEW = 10.0
 """Seconds that a node's clock may be off: leases and markers are judged by it."""
+CPU_BUILD = "PyTorch's CPU build is installed: run ./install.sh on a node with GPUs, or set TASKS_PER_NODE for CPUs"
 UNFIT, HOPELESS = 3, 4
-"""Exit status of a judgement: some nodes are not fit; none is, so that other nodes would not help."""
+"""Exit status of a judgement: some nodes are not fit; none is, or by what they share, so that others would not help."""
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Answer:
     gpus: int = 0
     """GPUs that torch sees"""
     problems: list[str] = field(default_factory=list)
+    cpu_build: bool = False
+    """Whether torch can never see any GPU"""
 
 
 # ---- on each node --------------------------------------------------------------------------------------------
@@ -57,6 +60,7 @@ def check(folder: Path, word: str) -> Answer:
         _try(answer, place, lambda place=place, least=least: space(place, least))  # type: ignore[misc]
     if not answer.problems:
         _try(answer, "GPU", lambda: setattr(answer, "gpus", gpus()))
+        answer.cpu_build = answer.gpus == 0 and is_cpu_build()
     return answer
 
 
@@ -105,6 +109,12 @@ def space(place: str, least: int) -> None:
         raise Unfit(f"{free} MB free, less than {least}")
 
 
+def is_cpu_build() -> bool:
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
+
+
 def gpus() -> int:
     """Number of GPUs; each must multiply two matrices right.  0 where torch sees none."""
     import torch
@@ -140,15 +150,22 @@ def read_answers(lines: Iterable[str]) -> dict[str, Answer]:
 
 
 def judge(
-    nodes: list[str], answers: dict[str, Answer], folder: Path, word: str, gpus: int, asked: float, limit: float
+    nodes: list[str],
+    answers: dict[str, Answer],
+    folder: Path,
+    word: str,
+    gpus: int,
+    asked: float,
+    limit: float,
+    cpus_do: bool = True,
 ) -> dict[str, str]:
     """Reasons by node that is not fit.
 
     gpus: of each node, as the job asked for; asked: when the nodes were asked, by the clock here; limit: seconds that
-    they had.  Where torch sees no GPU on any node, this is a run on CPUs, and nothing is expected.
+    they had; cpus_do: where torch sees no GPU on any node, this is a run on CPUs, and nothing is expected.
     """
     now = time.time()
-    with_gpus = any(answer.gpus for answer in answers.values())
+    with_gpus = not cpus_do or any(answer.gpus for answer in answers.values())
     bad = {}
     for node in nodes:
         answer = answers.get(node)
@@ -159,7 +176,8 @@ def judge(
         if not problems and _text(folder / node) != word:
             problems.append("run folder: what it wrote there cannot be seen here")
         if not problems and with_gpus and answer.gpus < gpus:
-            problems.append(f"GPU: torch sees {answer.gpus} of {gpus}")
+            told = f"GPU: torch sees {answer.gpus} of {gpus}"
+            problems.append(told + (f"; {CPU_BUILD}" if answer.cpu_build else ""))
         off = max(asked - answer.time, answer.time - now)
         if off > SKEW:
             problems.append(f"clock: at least {off:.0f} s {'behind' if answer.time < asked else 'ahead'}")
@@ -192,6 +210,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--answers", type=Path)
     parser.add_argument("--nodes", default="")
     parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--cpus_do", action="store_true")
     parser.add_argument("--asked", type=float, default=0.0)
     parser.add_argument("--limit", type=float, default=0.0)
     parser.add_argument("--note", type=Path)
@@ -203,12 +222,12 @@ def main(words: list[str]) -> int:
         os._exit(0)  # no library's goodbyes: a driver that hangs in them is found out by training
     nodes = given.nodes.split()
     answers = read_answers(given.answers.read_text(errors="replace").splitlines())
-    bad = judge(nodes, answers, given.folder, given.word, given.gpus, given.asked, given.limit)
+    bad = judge(nodes, answers, given.folder, given.word, given.gpus, given.asked, given.limit, given.cpus_do)
     for node, reason in bad.items():
         print(f"node {node} is not fit: {reason}", file=sys.stderr)
     if not bad:
         return 0
-    if len(nodes) > 1 and len(bad) == len(nodes):
+    if len(nodes) > 1 and len(bad) == len(nodes) or any(CPU_BUILD in reason for reason in bad.values()):
         return HOPELESS
     note(given.note, bad, os.environ.get("SLURM_JOB_ID", ""))
     print(*bad, sep="\n")

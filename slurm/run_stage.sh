@@ -157,7 +157,8 @@ on_each_node=(srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
 
 check_nodes() { # goes on only with nodes that are fit for training
   local folder=$out/slurm_health.$start bad="" status=0 told
-  local about=(--folder "$folder" --word "$start.$RANDOM$RANDOM")
+  local about=(--folder "$folder" --word "$start.$RANDOM$RANDOM") cpus_do=()
+  [[ -z ${TASKS_PER_NODE:-} ]] || cpus_do=(--cpus_do) # else there are as many ranks as GPUs
   mkdir "$folder" && printf %s "${about[3]}" >"$folder/word" || fail "$out cannot be written"
   told=$(date +%s)
   timeout --kill-after=10 "$health_seconds" "${on_each_node[@]}" "${noting[@]}" "$folder/ended" \
@@ -167,14 +168,14 @@ check_nodes() { # goes on only with nodes that are fit for training
     ((status != STOPPED)) || { rm -rf "$folder" && end_if_stopped; }
   fi
   status=0
-  bad=$("$python" slurm/health.py judge "${about[@]}" --answers "$folder/answers" --nodes "$nodes" --gpus "$tasks" \
-    --asked "$told" --limit "$health_seconds" --note "$out/bad_nodes") || status=$?
+  bad=$("$python" slurm/health.py judge "${about[@]}" --answers "$folder/answers" --nodes "$nodes" \
+    --gpus "$tasks" "${cpus_do[@]}" --asked "$told" --limit "$health_seconds" --note "$out/bad_nodes") || status=$?
   ((status == 0 || status == 3)) || tail -n 5 "$folder/errors" >&2
   rm -rf "$folder"
   case $status in
     0) return ;;
     3) bad=${bad//$'\n'/,} ;; # some
-    4) fail "stage $stage: no node is fit for training, so others would not help; HEALTH_CHECK=SECONDS gives" \
+    4) fail "stage $stage: the nodes are not fit for training, and others would not be; HEALTH_CHECK=SECONDS gives" \
       "them more time, and 0 skips this" ;;
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac

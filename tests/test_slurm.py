@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.errors import UserError
 from data_prep.files import sha256
@@ -439,7 +440,9 @@ def test_nodes_of_which_none_is_fit_end_the_job(project: Project) -> None:
     job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch", HEALTH_CHECK="9")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
     assert log.count("is not fit: packages: no torch") == 2
-    assert log.splitlines()[-1].startswith("error: stage 0: no node is fit for training, so others would not help; ")
+    assert log.splitlines()[-1].startswith(
+        "error: stage 0: the nodes are not fit for training, and others would not be; "
+    )
     job, log = project.run("slurm/stage0.sbatch", TASKS_PER_NODE="1", UNFIT="all packages: no torch", HEALTH_CHECK="0")
     assert job["JobState"] == "COMPLETED", log
 
@@ -508,6 +511,20 @@ def test_a_whole_run_is_prepared_trained_and_evaluated(project: Project) -> None
 def test_further_job_files_are_accepted_as_they_are(cluster: Cluster, script: str) -> None:
     done = cluster.run("sbatch", "--test-only", f"slurm/{script}", cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_run_folder_is_named_as_in_training(tmp_path: Path) -> None:
+    """Recipes of one file name in two folders are two runs."""
+    odd = tmp_path / "x.yaml"
+    odd.write_text("train:\n  name: inner\nname: 'odd'  # really\r\n")
+    best = "recipes/best/qwen2vl_m3cot.yaml"
+    recipes = {best: best, "recipes/demo.yaml,recipes/methods/pause.yaml": "recipes/methods/pause.yaml"}
+    for recipe, named in {**recipes, str(odd): str(odd)}.items():
+        command = ". slurm/common.sh; recipe=$1; name_of_recipe"
+        done = subprocess.run(
+            ["bash", "-c", command, "x", recipe], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == yaml.safe_load((ROOT / named).read_text())["name"]
 
 
 def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,22 @@ def test_a_node_without_gpus_among_others(health: Any, folder: Path) -> None:
     assert health.judge(["node1", "node2"], answers, folder, "w", 8, now, 60.0) == {"node1": "GPU: torch sees 0 of 8"}
 
 
+def test_gpus_that_nobody_sees_where_they_are_wanted(health: Any, folder: Path) -> None:
+    """Else a job's GPUs would idle all night."""
+    now = time.time()
+    (folder / "node1").write_text("w")
+    answers = {"node1": health.Answer("node1", now)}
+
+    def judged() -> dict[str, str]:
+        return health.judge(["node1"], answers, folder, "w", 8, now, 60.0, cpus_do=False)
+
+    assert judged() == {"node1": "GPU: torch sees 0 of 8"}
+    answers["node1"].cpu_build = True
+    assert judged() == {"node1": f"GPU: torch sees 0 of 8; {health.CPU_BUILD}"}
+    answers["node1"].gpus = 8
+    assert judged() == {}
+
+
 def test_the_command(folder: Path) -> None:
     """A line of JSON among what libraries print; the judge names the unfit, and keeps them."""
     lines = ["[INFO] a library's", '{"node": 1}', "[1]", json.dumps({"node": "node1", "time": time.time()})]
@@ -142,15 +158,18 @@ def test_the_command(folder: Path) -> None:
         str(folder / "bad"),
     ]
 
-    def judged(nodes: str) -> tuple[int, str, str]:
-        more = ["--nodes", nodes, "--gpus", "8", "--asked", str(time.time() - 5), "--limit", "9"]
+    def judged(nodes: str, *cpus: str) -> tuple[int, str, str]:
+        more = ["--nodes", nodes, "--gpus", "8", "--asked", str(time.time() - 5), "--limit", "9", *cpus]
         command = [sys.executable, "-IS", str(PROGRAM), "judge", *about, *more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
-    assert judged("node1") == (0, "", "")
-    assert judged("node1\nnode2") == (3, "node2\n", "node node2 is not fit: did not answer within 9 s\n")
+    assert judged("node1", "--cpus_do") == (0, "", "")
+    assert judged("node1\nnode2", "--cpus_do") == (3, "node2\n", "node node2 is not fit: did not answer within 9 s\n")
     assert judged("node3 node2")[0] == 4
     (line,) = (folder / "bad").read_text().splitlines()
     assert line.endswith("\tnode2\tdid not answer within 9 s")
     assert runpy.run_path(str(PROGRAM))["UNFIT"] == 3
+    answer = {"node": "node1", "time": time.time(), "cpu_build": True}
+    (folder / "answers").write_text(json.dumps(answer) + "\n")
+    assert judged("node1")[0] == 4
