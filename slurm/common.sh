@@ -63,6 +63,10 @@ may_be_queued_again() { # sets shown, what Slurm says of this job; only of a bat
     $shown == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
+is_running() { # by shown: that a job is just being told a signal (of which Slurm says so for a while) ends nothing
+  [[ $shown =~ " JobState="(RUNNING|SIGNALING)" " ]]
+}
+
 find_python() { # sets python, and puts its programs first
   if [[ -n ${PYTHON:-} ]]; then
     python=$PYTHON

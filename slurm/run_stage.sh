@@ -109,7 +109,7 @@ queue_again() { # WHY [NODES]: this job, without NODES; does not return
 end_if_stopped() { # asked to stop, or over the time limit: queue this job again, where that may be
   # not when it is being ended for another reason: cancelled for good, pre-empted to be queued again by Slurm itself
   if may_be_queued_again && { [[ $shown == *" Reason=TimeLimit "* ]] ||
-    { ((status == STOPPED)) && [[ $shown == *" JobState=RUNNING "* ]]; }; }; then
+    { ((status == STOPPED)) && is_running; }; }; then
     queue_again "training was asked to stop"
   fi
   ((status != STOPPED)) || { echo "stage $stage: stopped on request; submit it again to go on" >&2 && exit "$STOPPED"; }
@@ -180,7 +180,7 @@ check_nodes() { # goes on only with nodes that are fit for training
     *) echo "warning: the nodes' answers could not be judged" >&2 && return ;;
   esac
   # under --nodelist it would wait for the unfit node for ever
-  may_be_queued_again && [[ $shown == *" JobState=RUNNING "* && $shown == *" ReqNodeList=(null) "* ]] ||
+  may_be_queued_again && is_running && [[ $shown == *" ReqNodeList=(null) "* ]] ||
     fail "stage $stage: submit it again with --exclude=$bad"
   queue_again "$bad not fit for training (see $out/bad_nodes)" "$bad"
 }
@@ -214,7 +214,7 @@ noted "$ended"
 ((status != 0)) || fail "stage $stage: training ended without writing $out/stage$stage.done"
 told="training ended with status $status; the ranks' own errors, or srun's, are above"
 # a rank that crashed, hung or lost another one; the next start looks at the nodes
-if ((status != 2 && status != AT_ONCE)) && may_be_queued_again && [[ $shown == *" JobState=RUNNING "* ]]; then
+if ((status != 2 && status != AT_ONCE)) && may_be_queued_again && is_running; then
   queue_again "$told"
 fi
 echo "error: stage $stage: $told" >&2

@@ -105,7 +105,8 @@ class Job:
 
     def finish(self) -> dict[str, str]:
         job = self.cluster.wait(self.id, seconds=900)
-        assert job["JobState"] == "COMPLETED", self.log.read_text()[-8000:]
+        ended = {name: job[name] for name in ("JobState", "Reason", "ExitCode", "Restarts")}
+        assert job["JobState"] == "COMPLETED", f"{self.log.read_text()[-6000:]}\n{ended}"
         assert (self.out / "stage0.done").exists()
         return job
 

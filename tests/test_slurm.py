@@ -393,22 +393,48 @@ def test_one_that_crashes_when_it_is_cancelled_is_not_tried_again(project: Proje
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), Path(fields["StdOut"]).read_text()
 
 
+def other_scontrol(project: Project, *lines: str) -> str:
+    """A PATH whose scontrol runs `lines` first; in these, $real is Slurm's own."""
+    folder = project.root / "other"
+    folder.mkdir(exist_ok=True)
+    real = f"real={shutil.which('scontrol')}"
+    (folder / "scontrol").write_text("\n".join(["#!/bin/bash", real, *lines, 'exec "$real" "$@"', ""]))
+    (folder / "scontrol").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_a_controller_that_is_away_for_a_while(project: Project) -> None:
     """A network that fails ends training, and keeps the job's script from Slurm; it waits."""
-    away = project.root / "away"
-    away.mkdir()
-    (away / "scontrol").write_text(
-        f"""#!/bin/bash
-[[ $1 != show || $2 != job || -e {shlex.quote(str(away))}/asked ]] || {{ touch {shlex.quote(str(away))}/asked
-  echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }}
-exec {shutil.which("scontrol")} "$@"
-"""
+    asked = project.root / "asked"
+    path = other_scontrol(
+        project,
+        f"if [[ $1 == show && $2 == job && ! -e {shlex.quote(str(asked))} ]]; then",
+        f"  touch {shlex.quote(str(asked))}",
+        '  echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2',
+        "  exit 1",
+        "fi",
     )
-    (away / "scontrol").chmod(0o755)
-    path = f"{away}:{os.environ['PATH']}"
     job, log = project.run(*SMALL, "slurm/stage0.sbatch", STAND_IN="crash 1", TASKS_PER_NODE="1", PATH=path)
-    assert (away / "asked").exists()
+    assert asked.exists()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+
+
+def test_a_job_that_is_just_being_told_a_signal(project: Project) -> None:
+    """Slurm's word for its state is then another one, until each node has answered."""
+    told = project.root / "told"
+    path = other_scontrol(
+        project,
+        "if [[ $1 == show && $2 == job ]]; then",
+        f'  "$real" "$@" | sed "s/ JobState=RUNNING / JobState=SIGNALING /" | tee -a {shlex.quote(str(told))}',
+        "  exit",
+        "fi",
+    )
+    for status in ("75", "1"):
+        env = {"STAND_IN": f"crash {status}", "OUT": f"runs/{status}", "TASKS_PER_NODE": "1", "PATH": path}
+        job, log = project.run(*SMALL, "slurm/stage0.sbatch", **env)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+        assert " JobState=SIGNALING " in told.read_text()
+        told.unlink()
 
 
 def test_other_endings_are_not_tried_again(project: Project) -> None:

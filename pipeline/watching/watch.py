@@ -160,12 +160,12 @@ def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..
         with contextlib.redirect_stderr(said):
             run(main)
     except SystemExit as end:
-        if end.code in (UserError.status, PassingFault.status):
-            status = end.code
-            # a launcher stops all ranks at the first exit: rank 0 must have spoken by then
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+        if end.code == UserError.status:
+            # a launcher stops all ranks at the first exit: rank 0, of the same mistake, must have spoken by then
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(UserError.status))
             time.sleep(30)
-            # it has not: the mistake is this rank's alone, such as its node's full disk
+        # it has not, or never will: this rank's alone, such as its node's full disk or a loader's lost worker
+        if end.code in (UserError.status, PassingFault.status):
             sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
         raise
 

@@ -68,13 +68,13 @@ def test_the_first_rank_alone_says_it() -> None:
     assert (done.returncode, done.stderr) == (STOPPED, "")
 
 
-@pytest.mark.parametrize(("kind", "status"), [("UserError", 2), ("PassingFault", 1)])
-def test_another_rank_keeps_its_status_when_its_launcher_ends_it(kind: str, status: int) -> None:
-    """It waits, as the first is to speak, and is ended meanwhile."""
+@pytest.mark.parametrize(("kind", "status", "said"), [("UserError", 2, ""), ("PassingFault", 1, "error: told once\n")])
+def test_another_rank_waits_with_a_mistake_and_not_with_a_fault_of_its_own(kind: str, status: int, said: str) -> None:
+    """With a mistake, which the first rank is to tell; it is ended meanwhile."""
     fails = f"\ndef main():\n from data_prep.errors import {kind}\n raise {kind}('told once')\n"
     done = run("import sys; sys.argv = ['x']; " + BEGIN + SOON.format("TERM").replace("0.3", "3") + fails
                + "from pipeline.watching.watch import run_rank; run_rank(main, False)", rank=1)  # fmt: skip
-    assert (done.returncode, done.stderr) == (status, "")
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 def test_a_program_that_is_waited_for_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:

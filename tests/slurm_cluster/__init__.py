@@ -36,7 +36,7 @@ PROGRAMS = [
 ]
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where daemons are
 UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--kill-child", "--mount-proc"]
-ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING"}
 
 # cred_expire: how long a job that is queued again must wait, in seconds; 5 is the least, 120 the default.
 # SlurmdTimeout: a node that is silent for two or three times as many seconds is down, and its jobs are queued again.
