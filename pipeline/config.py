@@ -162,7 +162,8 @@ class TrainConfig(Section):
     rollback_after: int = Field(5, ge=0)
     """A step whose loss or gradient is no number is left out.  After so many steps in a row that were, or that spiked,
     parameters and optimizer of the newest checkpoint before them are taken again, and training goes on with the rows
-    behind them; where that does not help, it stops.  0: stop at the first."""
+    behind them.  Where that does not help (the next time within 16 good steps, or a fourth time from there), it stops.
+    0: stop at the first."""
     spike: float = Field(20.0, ge=0, allow_inf_nan=False)
     """A loss more than so many (robust) deviations above the median of up to 64 steps before it counts as a spike; 0:
     none does."""

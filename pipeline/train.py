@@ -267,7 +267,7 @@ class Run:
             f"stage {stage} step {done}: {wrong}, at a learning rate of {lr:.1e}; {state.in_a_row} steps in a row went"
             f" wrong. Lower optim.lr, or look at their rows, which {self.out / 'metrics.jsonl'} names"
         )
-        start = self.keeper.roll_back(told) if limit else self.keeper.give_up(told)
+        start = self.keeper.roll_back(told, self.guard.recovered) if limit else self.keeper.give_up(told)
         self._load(start, f"while going back to {start.path.name}")
         if start.state.stage < stage:
             self._begin_stage(stage)

@@ -589,25 +589,25 @@ class Poisoned(Feedback):
     def forward(self, reading):
         steps = Path("{out}/metrics.jsonl")
         done = steps.read_text().count("global_step") if steps.exists() else 0
-        first, last = map(int, os.environ["POISON"].split("-"))
+        bursts = [list(map(int, burst.split("-"))) for burst in os.environ["POISON"].split()]
         # of the first rank alone: the others learn of it
-        bad = os.environ["RANK"] == "0" and torch.is_grad_enabled() and first <= done <= last
+        bad = any(first <= done <= last for first, last in bursts)
+        bad = bad and os.environ["RANK"] == "0" and torch.is_grad_enabled()
         return reading.tip[:, None] * (torch.nan if bad else 1.0)
 """
 
 
 @pytest.fixture
 def poisoned(data, tmp_path, monkeypatch):
-    """Start a run of 16 steps of which some (the first is 0) meet what is no number, on one rank."""
+    """Start a run of which some steps (the first is 0) meet what is no number, on one rank."""
     out, plugin = tmp_path / "run", tmp_path / "poisoned.py"
     plugin.write_text(POISONED.format(out=out))
 
-    def run(steps, rollback_after=3, ds="zero3"):
+    def run(steps, *options, rollback_after=3, stages="[{latents: 1, skip: 1, steps: 16}]", ds="zero3"):
         monkeypatch.setenv("POISON", steps)
-        stages = "[{latents: 1, skip: 1, steps: 16}]"
         code, log = try_train(
             out, data, "--plugin", str(plugin), "--latent.feedback", "poisoned", "--curriculum.stages", stages,
-            "--train.rollback_after", str(rollback_after), "--train.export", "none", ranks=2, ds=ds,
+            "--train.rollback_after", str(rollback_after), "--train.export", "none", *options, ranks=2, ds=ds,
         )  # fmt: skip
         entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [entry["global_step"] for entry in entries] == list(range(len(entries)))
@@ -645,6 +645,19 @@ def test_steps_that_stay_no_number_stop_the_run(poisoned):
     code, log, entries, out = poisoned("99-99")
     assert code == 0 and "resumed from" in log and len(entries) == 16
     assert not any("wrong" in entry for entry in entries)
+
+
+def test_two_faults_that_have_nothing_to_do_with_each_other(poisoned):
+    """Both go back to the same checkpoint, the end of the stage before, as no other is due between them."""
+    stages = "[{latents: 0, skip: 0, steps: 2}, {latents: 1, skip: 1, steps: 26}]"
+    code, log, entries, out = poisoned("3-5 22-24", "--train.checkpoint_every", "0", stages=stages)
+    assert code == 0, log[-4000:]
+    told = [line for line in log.splitlines() if "rolled back: " in line]
+    assert ["went back to stage0-step000002; training goes on behind step 4" in told[0], len(told)] == [True, 2], told
+    assert "went back to stage0-step000002; training goes on behind step 23" in told[1]
+    assert [entry["global_step"] for entry in entries if "wrong" in entry] == [3, 4, 5, 22, 23, 24]
+    last = Checkpoints(out).all()[-1].state
+    assert (last.stage, last.step, last.guard.skipped, last.guard.rollbacks) == (1, 26, 6, 2)
 
 
 def test_nothing_to_go_back_to(poisoned):

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,9 @@ from pipeline.keeping.writing import Files, full_disk_told
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 from pipeline.watching.guard import GuardState
+
+GO_BACK = 3
+"""How often a start rolls back to the same checkpoint, where each time is another fault."""
 
 
 @dataclass
@@ -56,8 +60,8 @@ class Keeper:
         self.config, self.out = plan.config, plan.out
         self.checkpoints = Checkpoints(plan.out, lease.check)
         self.pending: Pending | None = None
-        self.gone_back: set[Path] = set()
-        """Checkpoints that this start has rolled back to"""
+        self.gone_back: Counter[Path] = Counter()
+        """How often this start has rolled back to a checkpoint"""
         self.failure = ""
         """Why rank 0 could not make a checkpoint of what all had written"""
         if world.main:
@@ -229,9 +233,10 @@ class Keeper:
         self.log.info("resumed from %s", start.path)
 
     @ACTIVITY("starting")
-    def roll_back(self, told: str) -> Checkpoint:
-        """The newest sound checkpoint before the steps that went wrong, to be loaded; each at most once a start.
+    def roll_back(self, told: str, recovered: bool) -> Checkpoint:
+        """The newest sound checkpoint before the steps that went wrong, to be loaded.
 
+        A start goes back to the same one `GO_BACK` times at most, and a second time only if training had `recovered`.
         Raises UserError, on every rank, with `told` where there is none.
         """
         self.finish("training goes back to the one before")
@@ -243,9 +248,9 @@ class Keeper:
             self.log.warning("checkpoint %s: %s is damaged", start.path, file)
         if start is None:
             self.give_up(f"{told}; there is no checkpoint to go back to")
-        if start.path in self.gone_back:
+        if self.gone_back[start.path] >= (GO_BACK if recovered else 1):
             self.give_up(f"{told}; going back to {start.path.name} did not help")
-        self.gone_back.add(start.path)
+        self.gone_back[start.path] += 1
         return replace(start, checked=True)
 
     def give_up(self, *told: str) -> NoReturn:

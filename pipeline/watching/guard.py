@@ -64,6 +64,11 @@ class Guard:
         """Whether as many steps in a row went wrong as training takes."""
         return self.state.in_a_row >= max(1, self.rollback_after)
 
+    @property
+    def recovered(self) -> bool:
+        """Whether enough good steps followed, since training began or went back, that this is another fault."""
+        return len(self.state.losses) >= FEWEST
+
     def begin_stage(self) -> None:
         """Another stage has losses of its own."""
         self.state = replace(self.state, losses=())

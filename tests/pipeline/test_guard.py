@@ -80,6 +80,20 @@ def test_losses_all_alike() -> None:
     assert guard.judge(result(0.0)) == "" and guard.judge(result(1.0))
 
 
+def test_recovered() -> None:
+    """Not by few steps, nor by any before training went back."""
+    guard = Guard(3, 20)
+    told = []
+    for _ in range(FEWEST):
+        told.append(guard.recovered)
+        guard.judge(result())
+    assert not any(told) and guard.recovered
+    guard.judge(result(math.nan))
+    assert guard.recovered
+    guard.rolled_back()
+    assert not guard.recovered
+
+
 def test_rolled_back() -> None:
     guard = Guard(1, 20.0, GuardState(skipped=3, losses=(1.0,)))
     guard.judge(result(math.nan))

@@ -288,20 +288,24 @@ def test_best_is_named_before_its_checkpoint(tmp_path: Path, lease: Lease, monke
 
 
 def test_what_to_roll_back_to(tmp_path: Path, lease: Lease) -> None:
-    """The newest that is as it was written, and not from amid the steps that went wrong; each once."""
+    """The newest that is as it was written, and not from amid the steps that went wrong; thrice if that helped."""
     keeper = keeper_of(lease, False, **{"train.keep_checkpoints": "3"})
     keeper.log.warning = keeper.log.info
     with pytest.raises(UserError, match="^why; there is no checkpoint to go back to"):
-        keeper.roll_back("why")
+        keeper.roll_back("why", True)
     for step in (3, 6):
         keeper.save(0, step, 8, step)
     keeper.save(0, 7, 8, 7, guard=GuardState(in_a_row=2))
     (tmp_path / "checkpoints" / "stage0-step000006" / "rank0_states.pt").write_text("")
-    start = keeper.roll_back("why")
+    start = keeper.roll_back("why", False)
     assert start.path.name == "stage0-step000003" and start.checked
     assert keeper.said[-1].endswith("stage0-step000006: rank0_states.pt is damaged")
     with pytest.raises(UserError, match="^why; going back to stage0-step000003 did not help"):
-        keeper.roll_back("why")
+        keeper.roll_back("why", False)
+    for _ in range(2):
+        assert keeper.roll_back("another time", True).path == start.path
+    with pytest.raises(UserError, match="^why; going back to stage0-step000003 did not help"):
+        keeper.roll_back("why", True)
 
 
 # ---- the folder is taken over -----------------------------------------------------------------
