@@ -16,8 +16,8 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.example import Example, InvalidExample
 from pipeline.evaluate import exports_of, generate_rows, read_sampling
-from pipeline.export import load_export
 from pipeline.latent.decode import Decoding
+from pipeline.loaded import load_export
 from pipeline.prompt import LETTERS, PROMPTS, Grid, UnusableSample
 from pipeline.registry import load_plugin
 from pipeline.scoring.judges import strict_choice

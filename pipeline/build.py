@@ -20,8 +20,8 @@ from pipeline.data.loader import Share, StageSteps
 from pipeline.data.mixture import Index, Mixture
 from pipeline.distributed import World
 from pipeline.engine import Built, build_engine, expected_size, use_of
-from pipeline.keeping.checkpoint import Checkpoint
 from pipeline.keeping.fingerprint import check_ranks
+from pipeline.keeping.state import Checkpoint
 from pipeline.memory import Forecast, ModelSize, forecast, smallest_room, snapshot_bytes
 from pipeline.memory_advice import problem_of_states, warning_of_activations
 from pipeline.model import resolve_dtype

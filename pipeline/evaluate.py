@@ -27,8 +27,9 @@ from data_prep.files import write_atomic
 from data_prep.reader import BadSample, ShardIndex, open_split
 from data_prep.storage import Location, location_of
 from pipeline.data.batch import collate
-from pipeline.export import FILE, ExportInfo, LoadedModel, load_export
+from pipeline.export import FILE, ExportInfo
 from pipeline.latent.decode import Decoding, Generation, Sampling
+from pipeline.loaded import LoadedModel, load_export
 from pipeline.prompt import LETTERS, PROMPTS, UnusableSample
 from pipeline.registry import load_plugin
 from pipeline.scoring.judges import strict_choice

@@ -14,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle, batch_triangle, check_ds_config, load_ds_config
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
+from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.state import Checkpoint
 from pipeline.prepare import check_base, check_data, check_made_from, data_folder, to_be_made
 from pipeline.registry import PLUGIN, load_plugin, plugin_hash
 from pipeline.user_files import read_yaml

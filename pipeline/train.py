@@ -33,10 +33,10 @@ from pipeline.data.unusable import Unusable
 from pipeline.data.workers import lost_workers_told
 from pipeline.distributed import World, total
 from pipeline.engine import learning_rate, reset_optimizer
-from pipeline.keeping.checkpoint import Checkpoint
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.resume import from_sound
+from pipeline.keeping.state import Checkpoint
 from pipeline.keeping.writing import full_disk_told
 from pipeline.memory_advice import lack_of_memory_told
 from pipeline.plan import Plan, make_plan

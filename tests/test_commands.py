@@ -18,7 +18,8 @@ from data_prep.errors import UserError
 from data_prep.reader import open_split
 from pipeline import ask
 from pipeline.evaluate import open_data
-from pipeline.export import ExportInfo, load_export
+from pipeline.export import ExportInfo
+from pipeline.loaded import load_export
 from tests import launch
 
 

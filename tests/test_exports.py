@@ -14,8 +14,9 @@ from data_prep.index import read_manifest
 from pipeline import evaluate
 from pipeline.backbones import BACKBONES
 from pipeline.evaluate import exports_of
-from pipeline.export import FILE, ExportInfo, load_export
+from pipeline.export import FILE, ExportInfo
 from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.loaded import load_export
 from pipeline.prepare import base_hash
 from pipeline.scoring.report import read_reports
 from pipeline.summary import lines

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.keeping import keep as module
+from pipeline.keeping import stage_end
 from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.writing import full_disk_told
@@ -110,13 +111,13 @@ def test_an_export(disk: Sized, alone: None, monkeypatch: pytest.MonkeyPatch) ->
         keeper = keeper_of(lease, **{"train.export": "stages"})
         keeper.parts.engine.module = SimpleNamespace(backbone=SimpleNamespace(vlm=None), method=None)
         keeper.parts.processor = keeper.parts.base = None
-        monkeypatch.setattr(module, "gathered_weights", lambda *_: {"weight": torch.zeros(100_000)})
+        monkeypatch.setattr(stage_end, "gathered_weights", lambda *_: {"weight": torch.zeros(100_000)})
 
         def write_export(_: Any, weights: dict[str, torch.Tensor], *given: Any) -> None:
             given[4].mkdir(parents=True, exist_ok=True)
             save_file(weights, given[4] / "model.safetensors")
 
-        monkeypatch.setattr(module, "write_export", write_export)
+        monkeypatch.setattr(stage_end, "write_export", write_export)
         with (
             pytest.raises(UserError, match="could not be written .*; free some disk space"),
             full_disk_told(keeper.out),
@@ -127,6 +128,7 @@ def test_an_export(disk: Sized, alone: None, monkeypatch: pytest.MonkeyPatch) ->
         lease.release()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the thread that writes events
 @pytest.mark.parametrize("what", ["metrics.jsonl", "tensorboard"])
 def test_numbers(disk: Sized, what: str) -> None:
     """One line from whichever file is full, at the step that it lacks."""

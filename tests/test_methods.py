@@ -16,10 +16,10 @@ from pipeline.backbones import BACKBONES
 from pipeline.data.batch import collate
 from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens
-from pipeline.export import load_export
 from pipeline.latent.decode import Decoding
 from pipeline.latent.parts import WEIGHTINGS
 from pipeline.latent.select import select_patches
+from pipeline.loaded import load_export
 from pipeline.model import LatentModel
 from pipeline.prompt import LATENT_TOKEN, MARKERS, RowBuilder
 from pipeline.recipe import load_config

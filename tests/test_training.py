@@ -23,10 +23,10 @@ from pipeline.backbones import BACKBONES
 from pipeline.data.batch import collate
 from pipeline.data.loader import Share, StageSteps
 from pipeline.engine import add_tokens, learning_rate
-from pipeline.export import load_export
 from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.lease import Lease
 from pipeline.latent.decode import Decoding
+from pipeline.loaded import load_export
 from pipeline.model import LatentModel, add_lora, decay_groups
 from pipeline.plan import settings_hash
 from pipeline.prepare import base_hash

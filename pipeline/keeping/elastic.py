@@ -33,7 +33,7 @@ from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.engine import reset_optimizer
-from pipeline.keeping.checkpoint import Checkpoint, RunState, refuse_damaged, write_state
+from pipeline.keeping.state import Checkpoint, RunState, refuse_damaged, write_state
 from pipeline.keeping.writing import entry_of
 from pipeline.prepare import in_a_line
 from pipeline.watching.watch import run_to_end

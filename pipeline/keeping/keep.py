@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import time
@@ -12,20 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from torch import Tensor
-
 from data_prep.errors import UserError
-from data_prep.files import atomic_folder, write_atomic
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
 from pipeline.distributed import World
-from pipeline.engine import gathered_weights
-from pipeline.export import write_export
 from pipeline.keeping import elastic
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, RunState, damaged_file
+from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
-from pipeline.keeping.writing import Files, full_disk_told
+from pipeline.keeping.stage_end import end_stage
+from pipeline.keeping.state import Checkpoint, RunState, damaged_file
+from pipeline.keeping.writing import Files
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 from pipeline.watching.guard import GuardState
@@ -278,37 +274,4 @@ class Keeper:
         Raises UserError, on every rank, where they cannot be written or another start has taken the run folder.
         """
         self.finish("the stage ends")
-        config = self.config
-        last = stage == len(config.curriculum.stages) - 1
-        export = config.train.export == "stages" or (config.train.export == "last" and last)
-        folder = self.out / "export" / f"stage{stage}"
-        if export:
-            model = self.parts.engine.module
-            weights = gathered_weights(model.backbone.vlm, self.world.main)
-            parts_weights = gathered_weights(model.method, self.world.main)
-        problem: UserError | None = None
-        if self.world.main:
-            try:
-                with full_disk_told(self.out):
-                    if export:
-                        self._export(stage, folder, weights, parts_weights)
-                    done = {"stage": stage, "global_step": global_step, "export": str(folder) if export else None}
-                    self.lease.check()
-                    write_atomic(done_marker(self.out, stage), json.dumps(done) + "\n")
-            except UserError as error:
-                problem = error
-        problem = distributed.from_main(problem)
-        if problem is not None:
-            raise problem
-        self.log.info("stage %d is done%s", stage, f"; exported to {folder}" if export else "")
-
-    def _export(self, stage: int, folder: Path, weights: dict[str, Tensor], parts_weights: dict[str, Tensor]) -> None:
-        """Rank 0's part: written aside, and then in the place of an earlier one."""
-        parts = self.parts
-        with atomic_folder(folder, f"writing-{self.lease.token}") as writing:
-            write_export(
-                parts.engine.module, weights, parts_weights, parts.processor, self.config, stage, writing, parts.base,
-                parts.base_hash,
-            )  # fmt: skip
-            self.lease.check()
-            shutil.rmtree(folder, ignore_errors=True)
+        end_stage(self.plan, self.parts, self.world, self.lease, self.log, stage, global_step)

@@ -10,7 +10,8 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pipeline import distributed
 from pipeline.distributed import World
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints, damaged_file
+from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.state import Checkpoint, damaged_file
 from pipeline.plan import Plan
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.backbones import BACKBONES
-from pipeline.export import ADAPTER, TOKEN_ROWS, ExportInfo, check_base_of, check_files
+from pipeline.export import ADAPTER, TOKEN_ROWS, ExportInfo
+from pipeline.loaded import check_base_of, check_files
 from pipeline.released.files import Entry, ModelWeights, local_folder, read_config, write_state
 from pipeline.released.form import ADDED_TOKENS, ALIAS, LORA, PEFT, WRAPPER, Form, Skeleton, form_of
 from pipeline.user_files import load_json

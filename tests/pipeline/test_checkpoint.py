@@ -14,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline import distributed
 from pipeline.distributed import World
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
+from pipeline.keeping.checkpoint import Checkpoints
+from pipeline.keeping.state import Checkpoint
 from pipeline.keeping.writing import full_disk_told
 from pipeline.watching.guard import GuardState
 from tests.pipeline.test_plan import STATE, run_folder, write_checkpoint

@@ -23,10 +23,11 @@ from pipeline.backbones.qwen2_vl import Qwen2VL
 from pipeline.config import ROOT, ScratchConfig
 from pipeline.convert import main
 from pipeline.data.batch import collate
-from pipeline.export import FILE, TOKEN_ROWS, ExportInfo, load_export
+from pipeline.export import FILE, TOKEN_ROWS, ExportInfo
 from pipeline.latent.attention import ATTENTION_NAME
 from pipeline.latent.method import LatentConfig, LatentMethod
 from pipeline.latent.schedules import latent_forward
+from pipeline.loaded import load_export
 from pipeline.prepare import base_hash
 from pipeline.prompt import PromptConfig, RowBuilder
 from pipeline.recipe import load_config

@@ -15,10 +15,11 @@ from pipeline.backbones.chameleon import Chameleon
 from pipeline.config import ROOT, ScratchConfig
 from pipeline.convert import main
 from pipeline.data.batch import collate
-from pipeline.export import ExportInfo, load_export
+from pipeline.export import ExportInfo
 from pipeline.latent.attention import ATTENTION_NAME
 from pipeline.latent.method import LatentMethod
 from pipeline.latent.schedules import latent_forward
+from pipeline.loaded import load_export
 from pipeline.prompt import RowBuilder
 from pipeline.recipe import load_config
 from tests.pipeline.conftest import TEXTS

@@ -18,7 +18,7 @@ from pipeline.data.order import rank_share
 from pipeline.distributed import World
 from pipeline.engine import set_hyperparameters
 from pipeline.keeping import elastic
-from pipeline.keeping.checkpoint import Checkpoint, refuse_damaged
+from pipeline.keeping.state import Checkpoint, refuse_damaged
 from tests.pipeline.test_plan import STATE, settings, write_checkpoint
 
 LOG: Any = SimpleNamespace(info=print)

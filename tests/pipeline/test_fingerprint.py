@@ -18,9 +18,10 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.distributed import World
 from pipeline.keeping import fingerprint
-from pipeline.keeping.checkpoint import Checkpoint, Checkpoints
+from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.fingerprint import Piece, check_loaded, check_ranks, checksum, parameter_pieces, weights_of
 from pipeline.keeping.keep import Keeper
+from pipeline.keeping.state import Checkpoint
 from tests.pipeline.test_plan import STATE
 from tests.ranks import on_ranks
 

@@ -20,6 +20,7 @@ from pipeline import distributed
 from pipeline.data.order import DataState
 from pipeline.distributed import World
 from pipeline.keeping import keep as module
+from pipeline.keeping import stage_end
 from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
@@ -391,13 +392,13 @@ def test_taken_over_while_exporting(tmp_path: Path, lease: Lease, monkeypatch: p
     keeper = keeper_of(lease, **{"train.export": "stages"})
     keeper.parts.engine.module = SimpleNamespace(backbone=SimpleNamespace(vlm=None), method=None)
     keeper.parts.processor = keeper.parts.base = None
-    monkeypatch.setattr(module, "gathered_weights", lambda *_: {})
+    monkeypatch.setattr(stage_end, "gathered_weights", lambda *_: {})
 
     def write_export(*given: Any) -> None:
         given[6].mkdir(exist_ok=True)
         take_over(lease)
 
-    monkeypatch.setattr(module, "write_export", write_export)
+    monkeypatch.setattr(stage_end, "write_export", write_export)
     with pytest.raises(UserError, match="was taken over"):
         keeper.end_stage(0, 8)
     assert listing(tmp_path / "export") == {"stage0/latent_config.json": b"old"}

@@ -11,8 +11,9 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
 from pipeline.ds_config import Triangle
-from pipeline.keeping.checkpoint import Checkpoints, RunState
+from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.fingerprint import Fingerprints
+from pipeline.keeping.state import RunState
 from pipeline.plan import (
     check_same_run,
     check_split,

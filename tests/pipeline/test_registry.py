@@ -18,9 +18,10 @@ from pipeline.config import ROOT
 from pipeline.curriculum import COUNTS
 from pipeline.data.batch import collate
 from pipeline.ds_config import Triangle, load_ds_config
-from pipeline.export import ExportInfo, check_plugin
+from pipeline.export import ExportInfo
 from pipeline.latent.method import REGISTRIES, LatentConfig, LatentMethod
 from pipeline.latent.parts import FEEDBACKS, HiddenState
+from pipeline.loaded import check_plugin
 from pipeline.model import LatentModel
 from pipeline.plan import settings_hash, write_config
 from pipeline.prompt import PromptConfig
