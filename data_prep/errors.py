@@ -20,3 +20,7 @@ class PassingFault(UserError):
     """A fault of the machine that the same command may not meet again; under Slurm it is queued again by itself."""
 
     status = 1
+
+
+class OwnFault(PassingFault):
+    """One that no other rank of a run meets."""

@@ -264,7 +264,7 @@ class Run:
         if not self.guard.due:
             return
         told = (
-            f"stage {stage} step {done}: {wrong}, at a learning rate of {lr:.1e}; {state.in_a_row} steps in a row went"
+            f"stage {stage} step {done}: {wrong}, at a learning rate of {lr:.1e}; {state.in_a_row} in a row went"
             f" wrong. Lower optim.lr, or look at their rows, which {self.out / 'metrics.jsonl'} names"
         )
         start = self.keeper.roll_back(told, self.guard.recovered) if limit else self.keeper.give_up(told)

@@ -196,9 +196,9 @@ ASKED = {
     "validation": ("pipeline.validate:is_right SIGTERM", 75, 3),
     "hashes being checked": ("pipeline.keeping.checkpoint:Checkpoint.damaged SIGUSR1", 75, -1),
     "a checkpoint being written": ("pipeline.keeping.checkpoint:write_atomic SIGUSR1 SIGUSR1", 75, 5),
-    "a stage's export": ("pipeline.keeping.keep:write_export SIGINT", 75, 7),
+    "a stage's export": ("pipeline.keeping.stage_end:write_export SIGINT", 75, 7),
     "a checkpoint being loaded": ("pipeline.keeping.checkpoint:Checkpoints.load SIGTERM SIGTERM", 75, 8),
-    "the last stage's export": ("pipeline.keeping.keep:write_export SIGTERM SIGUSR1 SIGINT", 0, 12),
+    "the last stage's export": ("pipeline.keeping.stage_end:write_export SIGTERM SIGUSR1 SIGINT", 0, 12),
 }
 """What is going on: the function that is just called, and the signals; exit status; steps done then, -1 as before."""
 ALIKE = {"the folder being taken", "hashes being checked", "a checkpoint being loaded"}

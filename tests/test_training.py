@@ -639,7 +639,7 @@ def test_steps_that_stay_no_number_stop_the_run(poisoned):
     assert code == 2, log[-4000:]
     assert len(entries) == 14
     assert "error: stage 0 step 14: loss nan, gradient norm inf: not applied, at a learning rate of" in log
-    assert "3 steps in a row went wrong" in log and "going back to stage0-step000006 did not help" in log
+    assert "3 in a row went wrong" in log and "going back to stage0-step000006 did not help" in log
     assert "Traceback" not in log
     # the rows were to blame, say; they are gone: the same command goes on where it was right
     code, log, entries, out = poisoned("99-99")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.errors import PassingFault
+from data_prep.errors import OwnFault
 
 LAST_SECONDS = 30
 """How long a worker outlives a SIGTERM that did not come from its rank."""
@@ -55,13 +55,13 @@ def _end_on_term(rank: int) -> None:
 
 @contextlib.contextmanager
 def lost_workers_told() -> Iterator[None]:
-    """Turn the end of a loader's worker process, which torch tells at any place, into a line.  Raises PassingFault."""
+    """Turn the end of a loader's worker process, which torch tells at any place, into a line.  Raises OwnFault."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise PassingFault(
+        raise OwnFault(
             f"a loader's worker process was ended from outside, by a signal or for want of memory ({error}); start the"
             " same command again, with fewer data.workers if memory is short"
         ) from None

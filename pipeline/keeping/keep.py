@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
 from pipeline.distributed import World
@@ -21,7 +21,7 @@ from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.stage_end import end_stage
 from pipeline.keeping.state import Checkpoint, RunState, damaged_file
-from pipeline.keeping.writing import Files
+from pipeline.keeping.writing import Files, is_away
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 from pipeline.watching.guard import GuardState
@@ -58,7 +58,7 @@ class Keeper:
         self.pending: Pending | None = None
         self.gone_back: Counter[Path] = Counter()
         """How often this start has rolled back to a checkpoint"""
-        self.failure = ""
+        self.failure: UserError | None = None
         """Why rank 0 could not make a checkpoint of what all had written"""
         if world.main:
             self._remove_unfinished()
@@ -185,21 +185,24 @@ class Keeper:
         problems = distributed.gather(self._problem(pending))
         if self.world.main and not self.lease.lost:
             self.checkpoints.remove_unfinished()
-        raise UserError(*dict.fromkeys(filter(None, problems)))
+        found = [problem for problem in problems if problem is not None]
+        kind = PassingFault if all(isinstance(problem, PassingFault) for problem in found) else UserError
+        raise kind(*dict.fromkeys(map(str, found)))
 
-    def _problem(self, pending: Pending | None) -> str:
-        """What went wrong on this rank, or nothing."""
+    def _problem(self, pending: Pending | None) -> UserError | None:
+        """What went wrong on this rank."""
         if self.world.main and self.lease.lost:
-            return self.lease.lost
+            return UserError(self.lease.lost)
         error = pending.files.error if pending is not None else None
-        return self.failure or (self._told(error) if error is not None else "")
+        return self.failure or (self._told(error) if error is not None else None)
 
-    def _told(self, error: Exception) -> str:
+    def _told(self, error: Exception) -> UserError:
         """An error of writing a checkpoint in a line."""
         if isinstance(error, UserError):
-            return str(error)
+            return error
+        kind = PassingFault if is_away(error) else UserError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return (
+        return kind(
             f"{self.checkpoints.folder}: rank {self.world.rank} could not write a checkpoint ({reason}); the ones"
             f" before are as they were. Put the disk right (free some space) and start again to go on"
         )
@@ -244,8 +247,11 @@ class Keeper:
             self.log.warning("checkpoint %s: %s is damaged", start.path, file)
         if start is None:
             self.give_up(f"{told}; there is no checkpoint to go back to")
-        if self.gone_back[start.path] >= (GO_BACK if recovered else 1):
+        before = self.gone_back[start.path]
+        if before and not recovered:
             self.give_up(f"{told}; going back to {start.path.name} did not help")
+        if before >= GO_BACK:
+            self.give_up(f"{told}; training went back to {start.path.name} {before} times already")
         self.gone_back[start.path] += 1
         return replace(start, checked=True)
 

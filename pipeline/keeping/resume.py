@@ -56,6 +56,6 @@ def _without(
             log.warning(told[-1])
         return (plan.again() if damaged else plan), None
     except UserError as error:
-        return plan, UserError(*told, *error.lines)
+        return plan, type(error)(*told, *error.lines)
     except OSError as error:
         return plan, UserError(*told, f"a damaged checkpoint cannot be renamed: {error}")

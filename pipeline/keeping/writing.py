@@ -7,6 +7,7 @@ on to `Files`, which writes and hashes each, and then says in `manifest.rankN.js
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import threading
@@ -174,6 +175,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _tensors(inner)
+
+
+AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO}
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a file system says that it cannot be reached, and not that it is full or may not be written."""
+    return isinstance(error, OSError) and error.errno in AWAY
 
 
 @contextmanager

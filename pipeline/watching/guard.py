@@ -34,6 +34,8 @@ class Guard:
         """rollback_after, spike: `train.rollback_after` and `train.spike` (pipeline/config.py)."""
         self.rollback_after, self.spike = rollback_after, spike
         self.state = state or GuardState()
+        self.good = 0
+        """Good steps since this start began or went back"""
 
     def judge(self, result: StepResult) -> str:
         """Count a step; what was wrong with it, or nothing."""
@@ -44,6 +46,7 @@ class Guard:
         if told := self._spikes(result.loss):
             self.state = replace(state, spikes=state.spikes + 1, in_a_row=state.in_a_row + 1)
             return told
+        self.good += 1
         self.state = replace(state, in_a_row=0, losses=(*state.losses, result.loss)[-WINDOW:])
         return ""
 
@@ -67,13 +70,14 @@ class Guard:
     @property
     def recovered(self) -> bool:
         """Whether enough good steps followed, since training began or went back, that this is another fault."""
-        return len(self.state.losses) >= FEWEST
+        return self.good >= FEWEST
 
     def begin_stage(self) -> None:
         """Another stage has losses of its own."""
         self.state = replace(self.state, losses=())
 
     def rolled_back(self) -> None:
+        self.good = 0
         self.state = replace(self.state, rollbacks=self.state.rollbacks + 1, in_a_row=0, losses=())
 
     def scalars(self) -> dict[str, float]:

@@ -151,7 +151,7 @@ def run_rank(main: Callable[..., None], first: bool) -> None:
 
 
 def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..., None]], None]) -> None:
-    from data_prep.errors import PassingFault, UserError
+    from data_prep.errors import OwnFault, UserError
 
     if first:
         return run(main)
@@ -160,12 +160,13 @@ def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..
         with contextlib.redirect_stderr(said):
             run(main)
     except SystemExit as end:
-        if end.code == UserError.status:
-            # a launcher stops all ranks at the first exit: rank 0, of the same mistake, must have spoken by then
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(UserError.status))
-            time.sleep(30)
-        # it has not, or never will: this rank's alone, such as its node's full disk or a loader's lost worker
-        if end.code in (UserError.status, PassingFault.status):
+        mistake = end.__context__
+        if isinstance(mistake, UserError):
+            if not isinstance(mistake, OwnFault):
+                # a launcher stops all ranks at the first exit: rank 0, of the same mistake, must have spoken by then
+                signal.signal(signal.SIGTERM, lambda *_: os._exit(mistake.status))
+                time.sleep(30)
+            # it has not, or never will: this rank's alone, such as its node's full disk
             sys.stderr.writelines(line for line in said.getvalue().splitlines(True) if line.startswith("error: "))
         raise
 

@@ -87,6 +87,7 @@ def test_recovered() -> None:
     for _ in range(FEWEST):
         told.append(guard.recovered)
         guard.judge(result())
+        guard.begin_stage()
     assert not any(told) and guard.recovered
     guard.judge(result(math.nan))
     assert guard.recovered

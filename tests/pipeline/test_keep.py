@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from pipeline import distributed
 from pipeline.data.order import DataState
 from pipeline.distributed import World
@@ -108,6 +108,10 @@ def boundary(*keepers: Any) -> None:
 
 def full() -> None:
     raise OSError(28, "No space left on device")
+
+
+def away() -> None:
+    raise OSError(116, "Stale file handle")
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -229,6 +233,48 @@ def test_one_rank_cannot_write(
     assert {name: text for name, text in after.items() if name != "zero_to_fp32.py"} == before
 
 
+@pytest.mark.parametrize(
+    ("writes", "lease_says", "kind"),
+    [
+        (away, None, PassingFault),
+        (full, None, UserError),
+        (lambda: None, PassingFault("cannot be read"), PassingFault),
+        (lambda: None, UserError("taken over"), UserError),
+    ],
+)
+def test_a_fault_that_passes_is_one_for_all_ranks(
+    tmp_path: Path,
+    lease: Lease,
+    monkeypatch: pytest.MonkeyPatch,
+    writes: Callable[[], None],
+    lease_says: UserError | None,
+    kind: type[UserError],
+) -> None:
+    """A file system that is away is another thing than a full one, whatever it kept from being written."""
+    keepers = [keeper_of(lease, True, World(rank, rank, 2)) for rank in (0, 1)]
+    keepers[1].parts.engine.writes = writes
+    for keeper in keepers:
+        keeper.save(0, 6, 8, 6)
+    pendings = [keeper.pending for keeper in keepers]
+    for pending in pendings:
+        pending.files.wait()
+
+    def check() -> None:
+        if lease_says is not None:
+            raise lease_says
+
+    monkeypatch.setattr(keepers[0].checkpoints, "_fence", check)
+    monkeypatch.setattr(
+        distributed,
+        "gather",
+        lambda _: [keeper._problem(pending) for keeper, pending in zip(keepers, pendings, strict=True)],
+    )
+    with pytest.raises(UserError) as first:
+        for _ in range(2):
+            boundary(keepers[0], SimpleNamespace(report=keepers[1].report, agree=lambda _: None))
+    assert type(first.value) is kind and len(first.value.lines) == 1
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_no_folder_can_be_made(tmp_path: Path, lease: Lease, background: bool) -> None:
     """Rank 0 begins, and must not end alone in the middle of what all do together."""
@@ -305,7 +351,7 @@ def test_what_to_roll_back_to(tmp_path: Path, lease: Lease) -> None:
         keeper.roll_back("why", False)
     for _ in range(2):
         assert keeper.roll_back("another time", True).path == start.path
-    with pytest.raises(UserError, match="^why; going back to stage0-step000003 did not help"):
+    with pytest.raises(UserError, match="^why; training went back to stage0-step000003 3 times already"):
         keeper.roll_back("why", True)
 
 

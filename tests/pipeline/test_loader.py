@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from data_prep.errors import PassingFault, UserError
+from data_prep.errors import OwnFault, UserError
 from data_prep.reader import ShardIndex, open_split
 from data_prep.shard import build
 from data_prep.tokenizer import texts_of_folder, train_tokenizer
@@ -352,7 +352,7 @@ class Ended(list[int]):
 
 
 def test_a_worker_that_is_ended_is_one_line() -> None:
-    with pytest.raises(PassingFault, match="worker process was ended from outside.*start the"), lost_workers_told():
+    with pytest.raises(OwnFault, match="worker process was ended from outside.*start the"), lost_workers_told():
         next(loaded(Ended([1]), range(1), 1))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="another"), lost_workers_told():
         raise RuntimeError("another")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.data.batch import Row, collate
 from pipeline.export import PARTS as PARTS_FILE
-from pipeline.export import load_parts
 from pipeline.latent.decode import Decoding, generate
 from pipeline.latent.method import Backbone, LatentConfig, LatentMethod
 from pipeline.latent.parts import (
@@ -31,6 +30,7 @@ from pipeline.latent.parts import (
 )
 from pipeline.latent.recompute import enable_checkpointing
 from pipeline.latent.schedules import Schedule, latent_forward
+from pipeline.loaded import load_parts
 from pipeline.loss import token_nll
 from pipeline.model import LatentModel
 from pipeline.recipe import load_config

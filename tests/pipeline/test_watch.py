@@ -68,7 +68,10 @@ def test_the_first_rank_alone_says_it() -> None:
     assert (done.returncode, done.stderr) == (STOPPED, "")
 
 
-@pytest.mark.parametrize(("kind", "status", "said"), [("UserError", 2, ""), ("PassingFault", 1, "error: told once\n")])
+@pytest.mark.parametrize(
+    ("kind", "status", "said"),
+    [("UserError", 2, ""), ("PassingFault", 1, ""), ("OwnFault", 1, "error: told once\n")],
+)
 def test_another_rank_waits_with_a_mistake_and_not_with_a_fault_of_its_own(kind: str, status: int, said: str) -> None:
     """With a mistake, which the first rank is to tell; it is ended meanwhile."""
     fails = f"\ndef main():\n from data_prep.errors import {kind}\n raise {kind}('told once')\n"
