@@ -157,7 +157,7 @@ def test_asked_to_stop_while_going_back(monkeypatch: pytest.MonkeyPatch) -> None
         raise UserError("it cannot be converted: status -15")
 
     start = SimpleNamespace(path=Path("stage0-step000003"))
-    run.keeper = SimpleNamespace(roll_back=lambda told: start, load=load)
+    run.keeper = SimpleNamespace(roll_back=lambda told, recovered: start, load=load)
     with pytest.raises(SystemExit) as end:
         run._tell_wrong(0, 5, 4, 1e-3, "loss nan", [])
     assert end.value.code == STOPPED
