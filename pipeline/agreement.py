@@ -23,7 +23,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import data_prep
-from data_prep.errors import UserError
+from data_prep.errors import UserError, kind_of_all
 from data_prep.files import sha256
 from pipeline import distributed
 from pipeline.data.mixture import Index
@@ -55,9 +55,10 @@ def agreed() -> Iterator[Facts]:
         yield facts
     except UserError as error:
         problem = error
-    lines = disagreements(distributed.gather((socket.gethostname(), facts, problem.lines if problem else ())))
+    told = distributed.gather((socket.gethostname(), facts, problem))
+    lines = disagreements([(host, found, error.lines if error else ()) for host, found, error in told])
     if lines:
-        raise UserError(*lines)
+        raise kind_of_all([error for *_, error in told if error is not None])(*lines)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
+from pipeline import distributed
 from pipeline import train as training
 from pipeline.agreement import ABSENT, SHOWN, agreed, code_hashes, disagreements, facts_of_inputs, versions
 from pipeline.distributed import World
@@ -53,6 +54,21 @@ def test_mistakes_come_first() -> None:
     assert disagreements([("a", {"x": 1}, ()), ("b", {}, ("mine",)), ("c", {"x": 2}, ())]) == [
         "on rank 1 (b): mine", "ranks differ in x: 1 on rank 0 (a); 2 on rank 2 (c)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind"),
+    [(None, PassingFault), (PassingFault("away, too"), PassingFault), (UserError("a mistake"), UserError)],
+    ids=str,
+)
+def test_faults_that_pass_stay_such(
+    monkeypatch: pytest.MonkeyPatch, theirs: UserError | None, kind: type[UserError]
+) -> None:
+    """For every rank, unless one has made a mistake besides."""
+    monkeypatch.setattr(distributed, "gather", lambda ours: [ours, (HOST, {}, theirs)])
+    with pytest.raises(UserError) as told, agreed():
+        raise PassingFault("the run folder is away")
+    assert type(told.value) is kind and any("the run folder is away" in line for line in told.value.lines)
 
 
 def test_code_and_versions() -> None:

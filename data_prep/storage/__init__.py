@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
 import os
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
+
+from data_prep.errors import passes
 
 if TYPE_CHECKING:
     from data_prep.index import IndexEntry, ShardEntry
@@ -28,8 +29,6 @@ _OPEN_FILES = 64
 _LOCAL_SECONDS = 5.0
 """How long a local file is tried."""
 _LONGEST_PAUSE = 10.0
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
-"""Errors of network file systems that may be gone a moment later."""
 _JITTER = random.SystemRandom()  # not the generator that a training seeds
 
 T = TypeVar("T")
@@ -95,7 +94,7 @@ class LocalStorage:
         return persist(action, self._passes, _LOCAL_SECONDS)
 
     def _passes(self, error: Exception) -> bool:
-        if not isinstance(error, OSError) or error.errno not in _PASSING:
+        if not passes(error):
             return False
         self._open.cache_clear()  # a stale handle stays so
         return True

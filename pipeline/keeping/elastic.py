@@ -28,7 +28,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, kind_of
 from data_prep.files import sha256, write_atomic
 from pipeline import distributed
 from pipeline.distributed import World
@@ -92,7 +92,7 @@ def convert(checkpoint: Checkpoint, world: World, log: logging.Logger) -> Checkp
                 write_state(writing, checkpoint.state)
                 log.info("converted %s for any number of ranks (%.1f s)", source, time.monotonic() - began)
             except Exception as error:  # torch, safetensors and a full disk raise what they like; the others wait
-                problem = error if isinstance(error, UserError) else UserError(_told(source, in_a_line(error)))
+                problem = error if isinstance(error, UserError) else kind_of(error)(_told(source, in_a_line(error)))
                 shutil.rmtree(folder, ignore_errors=True)
     problem, writing, there = distributed.from_main((problem, writing, there))
     if problem is not None:

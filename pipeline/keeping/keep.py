@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.errors import PassingFault, UserError
+from data_prep.errors import UserError, kind_of_all
 from pipeline import distributed
 from pipeline.build import Parts, without_frozen
 from pipeline.distributed import World
@@ -21,7 +21,7 @@ from pipeline.keeping.fingerprint import check_loaded, weights_of
 from pipeline.keeping.lease import Lease
 from pipeline.keeping.stage_end import end_stage
 from pipeline.keeping.state import Checkpoint, RunState, damaged_file
-from pipeline.keeping.writing import Files, is_away
+from pipeline.keeping.writing import Files, kind_of_failure
 from pipeline.plan import Plan, done_marker, settings_hash
 from pipeline.watching.activity import ACTIVITY
 from pipeline.watching.guard import GuardState
@@ -146,9 +146,9 @@ class Keeper:
 
     def report(self) -> int:
         """This rank's number for `agree`: 1 where its files are written, more than all ranks' ones for a failure."""
-        if self._problem(self.pending):
-            return self.world.size + 1
-        return int(self.pending is not None and self.pending.files.done.is_set())
+        written = self.pending is not None and self.pending.files.done.is_set()
+        # an error is there before that is set
+        return self.world.size + 1 if self._problem(self.pending) else int(written)
 
     def agree(self, reports: int) -> None:
         """What the sum of all ranks' reports asks for: to go on, to complete the checkpoint, or to give up.
@@ -184,10 +184,10 @@ class Keeper:
             pending.files.drop()
         problems = distributed.gather(self._problem(pending))
         if self.world.main and not self.lease.lost:
-            self.checkpoints.remove_unfinished()
+            with contextlib.suppress(UserError, OSError):  # what was gathered is told, by all alike
+                self.checkpoints.remove_unfinished()
         found = [problem for problem in problems if problem is not None]
-        kind = PassingFault if all(isinstance(problem, PassingFault) for problem in found) else UserError
-        raise kind(*dict.fromkeys(map(str, found)))
+        raise kind_of_all(found)(*dict.fromkeys(map(str, found)))
 
     def _problem(self, pending: Pending | None) -> UserError | None:
         """What went wrong on this rank."""
@@ -200,7 +200,7 @@ class Keeper:
         """An error of writing a checkpoint in a line."""
         if isinstance(error, UserError):
             return error
-        kind = PassingFault if is_away(error) else UserError
+        kind = kind_of_failure(error, self.out)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return kind(
             f"{self.checkpoints.folder}: rank {self.world.rank} could not write a checkpoint ({reason}); the ones"

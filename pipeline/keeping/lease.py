@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PassingFault, UserError
+from data_prep.errors import PassingFault, UserError, kind_of
 from data_prep.files import parse_json
 
 RENEW, STALE = 5.0, 60.0
@@ -66,7 +66,7 @@ class Lease:
                     )
                 time.sleep(0.5)
         except OSError as error:
-            raise UserError(f"{self.path.parent} cannot be used as a run folder: {error}") from None
+            raise kind_of(error)(f"{self.path.parent} cannot be used as a run folder: {error}") from None
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def check(self) -> None:

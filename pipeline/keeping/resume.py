@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, kind_of
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.keeping.checkpoint import Checkpoints
@@ -58,4 +58,4 @@ def _without(
     except UserError as error:
         return plan, type(error)(*told, *error.lines)
     except OSError as error:
-        return plan, UserError(*told, f"a damaged checkpoint cannot be renamed: {error}")
+        return plan, kind_of(error)(*told, f"a damaged checkpoint cannot be renamed: {error}")

@@ -7,9 +7,9 @@ on to `Files`, which writes and hashes each, and then says in `manifest.rankN.js
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError, kind_of
 from data_prep.files import sha256, write_atomic
 
 
@@ -177,17 +177,28 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(inner)
 
 
-AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO}
+def kind_of_failure(error: Exception, folder: Path) -> type[UserError]:
+    """What to tell as that a write to `folder` failed: `PassingFault` where its file system cannot be reached.
 
-
-def is_away(error: Exception) -> bool:
-    """Whether a file system says that it cannot be reached, and not that it is full or may not be written."""
-    return isinstance(error, OSError) and error.errno in AWAY
+    torch's writer says why in no way that a program could read; so the folder is tried.
+    """
+    if not isinstance(error, OSError):
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as own:
+            error = own
+    return kind_of(error)
 
 
 @contextmanager
 def full_disk_told(out: Path) -> Iterator[None]:
-    """Turn what a full disk makes of a write, in any library, into one line.  Raises UserError."""
+    """Turn what a full disk makes of a write, in any library, into one line.
+
+    Raises UserError; PassingFault where the disk is away rather than full.
+    """
     try:
         yield
     except Exception as error:
@@ -195,6 +206,6 @@ def full_disk_told(out: Path) -> Iterator[None]:
         words = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos", "iostream error")
         if not any(word in str(error) for word in words):
             raise
-        raise UserError(
-            f"{out} could not be written ({str(error).splitlines()[0]}); free some disk space and go on"
-        ) from None
+        kind = kind_of_failure(error, out)
+        advice = "look after the file system" if kind is PassingFault else "free some disk space"
+        raise kind(f"{out} could not be written ({str(error).splitlines()[0]}); {advice} and go on") from None

@@ -161,7 +161,7 @@ def _run_rank(main: Callable[..., None], first: bool, run: Callable[[Callable[..
             run(main)
     except SystemExit as end:
         mistake = end.__context__
-        if isinstance(mistake, UserError):
+        if isinstance(mistake, UserError) and end.code == mistake.status:  # no stop, which a mistake may lead to
             if not isinstance(mistake, OwnFault):
                 # a launcher stops all ranks at the first exit: rank 0, of the same mistake, must have spoken by then
                 signal.signal(signal.SIGTERM, lambda *_: os._exit(mistake.status))

@@ -85,6 +85,7 @@ def test_recovered() -> None:
     guard = Guard(3, 20)
     told = []
     for _ in range(FEWEST):
+        guard.judge(result(math.nan))
         told.append(guard.recovered)
         guard.judge(result())
         guard.begin_stage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from pipeline.keeping import stage_end
 from pipeline.keeping.checkpoint import Checkpoints
 from pipeline.keeping.keep import Keeper
 from pipeline.keeping.lease import Lease
+from pipeline.keeping.writing import full_disk_told, kind_of_failure
 from pipeline.watching.activity import Activity
 from pipeline.watching.guard import GuardState
 from pipeline.watching.heartbeat import Heartbeat
@@ -233,46 +235,80 @@ def test_one_rank_cannot_write(
     assert {name: text for name, text in after.items() if name != "zero_to_fp32.py"} == before
 
 
+def nothing() -> None:
+    """Goes wrong."""
+
+
+def torn() -> None:
+    raise RuntimeError("unexpected pos 704 vs 598")  # torch, of whatever error
+
+
+LEASE = PassingFault("lease.json cannot be read")
+
+
 @pytest.mark.parametrize(
-    ("writes", "lease_says", "kind"),
+    ("writes", "completing", "kind"),
     [
-        (away, None, PassingFault),
-        (full, None, UserError),
-        (lambda: None, PassingFault("cannot be read"), PassingFault),
-        (lambda: None, UserError("taken over"), UserError),
+        ((nothing, away), nothing, PassingFault),
+        ((nothing, full), nothing, UserError),
+        ((away, away), nothing, PassingFault),
+        ((away, full), nothing, UserError),
+        ((nothing, torn), nothing, UserError),
+        ((nothing, nothing), away, PassingFault),
+        ((nothing, nothing), full, UserError),
+        ((nothing, nothing), LEASE, PassingFault),
+        ((nothing, nothing), UserError("taken over"), UserError),
     ],
 )
 def test_a_fault_that_passes_is_one_for_all_ranks(
-    tmp_path: Path,
-    lease: Lease,
-    monkeypatch: pytest.MonkeyPatch,
-    writes: Callable[[], None],
-    lease_says: UserError | None,
-    kind: type[UserError],
+    tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, writes: Any, completing: Any, kind: type[UserError]
 ) -> None:
     """A file system that is away is another thing than a full one, whatever it kept from being written."""
     keepers = [keeper_of(lease, True, World(rank, rank, 2)) for rank in (0, 1)]
-    keepers[1].parts.engine.writes = writes
-    for keeper in keepers:
+
+    def commit(*_: Any) -> None:
+        if isinstance(completing, Exception):
+            raise completing
+        completing()
+
+    keepers[0].checkpoints.commit = commit
+    for keeper, write in zip(keepers, writes, strict=True):
+        keeper.parts.engine.writes = write
         keeper.save(0, 6, 8, 6)
     pendings = [keeper.pending for keeper in keepers]
     for pending in pendings:
         pending.files.wait()
 
-    def check() -> None:
-        if lease_says is not None:
-            raise lease_says
+    def all_problems(_: Any) -> list[Any]:
+        return [keeper._problem(pending) for keeper, pending in zip(keepers, pendings, strict=True)]
 
-    monkeypatch.setattr(keepers[0].checkpoints, "_fence", check)
-    monkeypatch.setattr(
-        distributed,
-        "gather",
-        lambda _: [keeper._problem(pending) for keeper, pending in zip(keepers, pendings, strict=True)],
-    )
-    with pytest.raises(UserError) as first:
-        for _ in range(2):
-            boundary(keepers[0], SimpleNamespace(report=keepers[1].report, agree=lambda _: None))
-    assert type(first.value) is kind and len(first.value.lines) == 1
+    def not_there(_: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(distributed, "gather", all_problems)
+    monkeypatch.setattr(type(keepers[0].checkpoints), "remove_unfinished", not_there)  # tells nothing of its own
+    for _ in range(2 if writes == (nothing, nothing) else 1):
+        reports = sum(keeper.report() for keeper in keepers)
+        told = []
+        for keeper in keepers:
+            try:
+                keeper.agree(reports)
+            except UserError as error:
+                told.append(error)
+    assert [type(error) for error in told] == [kind, kind]
+    assert told[0].lines == told[1].lines
+
+
+def test_a_writer_that_does_not_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's, for one; the folder is tried."""
+    lost = tmp_path / "lost"
+    assert kind_of_failure(RuntimeError("unexpected pos"), tmp_path) is UserError
+    assert kind_of_failure(RuntimeError("unexpected pos"), lost) is UserError
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: away())
+    assert kind_of_failure(RuntimeError("unexpected pos"), tmp_path) is PassingFault
+    assert kind_of_failure(OSError(28, "full"), tmp_path) is UserError
+    with pytest.raises(PassingFault, match="look after the file system"), full_disk_told(tmp_path):
+        torn()
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -384,6 +420,7 @@ def test_taken_over_while_a_checkpoint_is_written(tmp_path: Path, lease: Lease) 
     with pytest.raises(UserError) as caught:
         boundary(keeper)
     assert caught.value.lines == (f"{tmp_path} was taken over by process 7 on node9",)
+    assert type(caught.value) is UserError
     assert {name: text for name, text in listing(tmp_path).items() if not name.startswith(own)} == before
 
 
@@ -425,8 +462,9 @@ def test_taken_over_between_steps(tmp_path: Path, lease: Lease, monkeypatch: pyt
         lambda: keeper.checkpoints.remove_unfinished() or keeper.checkpoints.name_best(STATE, {}),
         lambda: Monitor(tmp_path, True, 0, "", lease.check),
     ):
-        with pytest.raises(UserError, match="was taken over by process 7 on node9"):
+        with pytest.raises(UserError, match="was taken over by process 7 on node9") as told:
             write()
+        assert type(told.value) is UserError  # the job is not to be queued again
     assert listing(tmp_path) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -108,6 +109,19 @@ def test_damaged(tmp_path: Path, text: str) -> None:
     lease = Lease(tmp_path)
     lease.acquire(grace=0)
     lease.release()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ESTALE, PassingFault), (errno.EACCES, UserError)])
+def test_folder_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError]
+) -> None:
+    def take(_: Lease) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Lease, "_take", take)
+    with pytest.raises(UserError, match="cannot be used as a run folder") as told:
+        Lease(tmp_path).acquire(grace=0)
+    assert type(told.value) is kind
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

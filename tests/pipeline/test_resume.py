@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.errors import PassingFault, UserError
 from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.ds_config import Triangle
@@ -125,3 +125,25 @@ def test_folder_that_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Checkpoints, "set_aside", read_only)
     with pytest.raises(UserError, match="a damaged checkpoint cannot be renamed: .*Read-only"):
         start_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind"),
+    [
+        (PassingFault("the lease cannot be read"), PassingFault),
+        (OSError(116, "Stale file handle"), PassingFault),
+        (UserError("taken over"), UserError),
+        (OSError(13, "Permission denied"), UserError),
+    ],
+    ids=str,
+)
+def test_a_damaged_one_that_cannot_be_set_aside(tmp_path: Path, fails: Exception, kind: type[UserError]) -> None:
+    made = run_of(tmp_path, (0, 8), (1, 3))
+    (made[-1] / "weights.pt").write_text("other")
+
+    def fence() -> None:
+        raise fails
+
+    with pytest.raises(UserError) as told:
+        from_sound(plan_of(tmp_path), World(), LOG, fence)
+    assert type(told.value) is kind and made[-1].exists()

@@ -80,6 +80,21 @@ def test_another_rank_waits_with_a_mistake_and_not_with_a_fault_of_its_own(kind:
     assert (done.returncode, done.stderr) == (status, said)
 
 
+def test_a_stop_that_a_mistake_led_to_is_a_stop() -> None:
+    """Such as the end of a program that rank 0 waited for, by the same signal: no rank waits for another's words."""
+    stops = """
+def main():
+ from data_prep.errors import UserError
+ try:
+  raise UserError("ended")
+ except UserError:
+  raise SystemExit(75)
+"""
+    done = run("import sys; sys.argv = ['x']; " + BEGIN + SOON.format("TERM").replace("0.3", "3") + stops
+               + "from pipeline.watching.watch import run_rank; run_rank(main, False)", rank=1)  # fmt: skip
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def test_a_program_that_is_waited_for_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the preparation of data, which goes on at the next start."""
     monkeypatch.setattr(watch, "STOP", watch.StopRequest())
