@@ -2,18 +2,23 @@
 # install.sh VENV   make a virtual environment with the project and everything it needs, versions as in constraints.txt.
 #
 # PyTorch first, by itself: on a machine without an NVIDIA GPU its CPU build, so that gigabytes of CUDA never come by
-# surprise.  PIP_EXTRA_INDEX_URL and pip's own configuration are respected; PYTHON names another interpreter.
+# surprise; TORCH_BUILD=gpu or cpu decides instead, such as on a login node for nodes that have GPUs and no internet.
+# PIP_EXTRA_INDEX_URL and pip's own configuration are respected; PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=${1:?usage: install.sh VENV}
 python=${PYTHON:-python3}
 torch=$(grep -E '^torch==' constraints.txt)
 
+build=${TORCH_BUILD:-cpu}
+[[ -n ${TORCH_BUILD:-} ]] || ! nvidia-smi > /dev/null 2>&1 || build=gpu
+[[ $build == gpu || $build == cpu ]] || { echo "error: TORCH_BUILD=$build: expected gpu or cpu" >&2; exit 2; }
+
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $python is older than 3.10" >&2; exit 2; }
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
-if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
-  echo "installing $torch for the GPU of this machine"
+if [[ $build == gpu ]]; then
+  echo "installing $torch, GPU build"
   "${pip[@]}" "$torch"
 else
   echo "installing $torch, CPU build"

@@ -6,8 +6,10 @@ checks the folder, which needs no GPU; at SIGUSR1 it ends with status 75 if it g
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":  # started by path: the modules' root is the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,18 +26,25 @@ from pipeline.config import RunConfig
 from pipeline.prepare import check_data, data_folder, make_data, to_be_made
 from pipeline.recipe import load_config, recipe_paths
 
-OF_TRAINING = {"max_bad", "resume", "prompt"}
-"""Options of pipeline/train.py that are no settings, and that do not matter here."""
 
-
-def main(*, recipe: str, data: str | None = None, make: bool = False, **options: str) -> None:
+def main(
+    *,
+    recipe: str,
+    data: str | None = None,
+    make: bool = False,
+    max_bad: int | None = None,
+    resume: Literal["auto", "elastic", "never"] = "auto",
+    prompt: Literal["default", "released", "context"] | None = None,
+    **options: str,
+) -> None:
     """Say what a recipe asks of its jobs, or make its shard folder.
 
-    --recipe, --data, --plugin and SECTION.FIELD as in pipeline/train.py; --make true makes the shard folder, where the
-    recipe says from what and it is not there, and checks it.
+    --recipe, --data, --plugin and SECTION.FIELD as in pipeline/train.py, and --max_bad, --resume and --prompt, which
+    are only checked; --make true makes the shard folder, where the recipe says from what and it is not there, and
+    checks it.
     """
-    settings = {name: value for name, value in options.items() if name not in OF_TRAINING}
-    config = load_config(recipe_paths(recipe), settings | ({"data.path": data} if data else {}), OF_TRAINING)
+    settings = options | ({"data.path": data} if data else {})
+    config = load_config(recipe_paths(recipe), settings, inspect.signature(main).parameters)
     if make:
         make_folder(config)
         rows = len(check_data(config)["train"])

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.files import sha256
 from pipeline.recipe import load_config
@@ -566,6 +567,9 @@ def test_what_a_recipe_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name, meant in {"optim.lrr": "--optim.lr", "resum": "--resume"}.items():
         with pytest.raises(UserError, match=f"did you mean {meant}"):
             main(**settings, **{name: "1"})
+    with pytest.raises(SystemExit):
+        cli.run(main, [word for name, value in own.items() for word in (f"--{name}", value)] + ["--resume", "elsatic"])
+    assert "error: --resume elsatic: expected one of" in capsys.readouterr().err
 
 
 def processes_with(*words: str) -> list[int]:
