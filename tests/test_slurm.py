@@ -677,17 +677,13 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
 
 # ---- the test cluster itself -------------------------------------------------------------------------------
 def test_a_cluster_leaves_nothing_behind(cluster: Cluster) -> None:
-    def processes_of(state: Path) -> list[str]:
-        commands = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline")]
-        return [command for command in commands if str(state) in command]
-
     with pytest.raises(KeyboardInterrupt), Cluster(nodes=1, gpus=1) as other:
         job = other.submit("--output=/dev/null", "--wrap=sleep 60")
         assert other.job(job)["JobState"] in ("PENDING", "RUNNING")
-        assert processes_of(other.state)
+        assert other.processes()
         raise KeyboardInterrupt
     assert not other.state.exists()
-    assert not processes_of(other.state)
+    assert not other.processes()
 
 
 # ---- the real training program -----------------------------------------------------------------------------

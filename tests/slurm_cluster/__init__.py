@@ -12,6 +12,7 @@ Needs Linux, root and `apt install slurm-wlm munge iproute2`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -102,11 +103,19 @@ class Cluster:
         if hasattr(self, "_world"):
             self._world.kill()
             self._world.wait()
-        for _attempt in range(50):  # daemons that are just being killed may still write here
+        for _attempt in range(100):  # the kernel ends what is in the namespaces a moment later; until then it may write
             shutil.rmtree(self.state, ignore_errors=True)
-            if not self.state.exists():
+            if not self.state.exists() and not self.processes():
                 break
             time.sleep(0.1)
+
+    def processes(self) -> list[str]:
+        """Commands of its daemons and nodes that run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                found.append(path.read_bytes().decode(errors="replace"))
+        return [command for command in found if str(self.state) in command]
 
     def run(
         self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
